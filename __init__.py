@@ -1,0 +1,26 @@
+"""LSG-ALBERT: ALBERT with local + sparse + global attention, for documents of thousands of tokens."""
+
+from .configuration_lsg_albert import LSGAlbertConfig
+from .modeling_lsg_albert import (
+    LSGAlbertForMaskedLM,
+    LSGAlbertForMultipleChoice,
+    LSGAlbertForPreTraining,
+    LSGAlbertForQuestionAnswering,
+    LSGAlbertForSequenceClassification,
+    LSGAlbertForTokenClassification,
+    LSGAlbertModel,
+    LSGAlbertPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "LSGAlbertConfig",
+    "LSGAlbertForMaskedLM",
+    "LSGAlbertForMultipleChoice",
+    "LSGAlbertForPreTraining",
+    "LSGAlbertForQuestionAnswering",
+    "LSGAlbertForSequenceClassification",
+    "LSGAlbertForTokenClassification",
+    "LSGAlbertModel",
+    "LSGAlbertPreTrainedModel",
+]

@@ -1,0 +1,327 @@
+"""Configuration of LSG-ALBERT: ALBERT with local + sparse + global attention."""
+
+import difflib
+import inspect
+from typing import Any, Optional, Union
+
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
+ATTN_IMPLEMENTATIONS = ("sdpa", "eager")
+MAX_GLOBAL_TOKENS = 512  # rows of the table of global embeddings, in every published checkpoint
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_lsg_albert.LSGAlbertConfig",
+    "AutoModel": "modeling_lsg_albert.LSGAlbertModel",
+    "AutoModelForPreTraining": "modeling_lsg_albert.LSGAlbertForPreTraining",
+    "AutoModelForMaskedLM": "modeling_lsg_albert.LSGAlbertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_lsg_albert.LSGAlbertForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_lsg_albert.LSGAlbertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_lsg_albert.LSGAlbertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_lsg_albert.LSGAlbertForMultipleChoice",
+}
+
+# Inclusive (lowest, highest) value of every integer field; None is no limit.
+_INTEGER_FIELDS = {
+    "vocab_size": (1, None),
+    "embedding_size": (1, None),
+    "hidden_size": (1, None),
+    "num_hidden_layers": (1, None),
+    "num_hidden_groups": (1, None),
+    "num_attention_heads": (1, None),
+    "intermediate_size": (1, None),
+    "inner_group_num": (1, None),
+    "max_position_embeddings": (1, None),
+    "type_vocab_size": (1, None),
+    "block_size": (1, None),
+    "sparse_block_size": (0, None),
+    "sparsity_factor": (None, None),  # zero and below switch the sparse part off
+    "num_global_tokens": (1, MAX_GLOBAL_TOKENS),
+    "lsh_num_pre_rounds": (0, None),
+    "lsh_seed": (0, 2**63 - 1),
+}
+_NONE_ALLOWED = ("sparse_block_size", "lsh_seed")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
+_BOOLEANS = ("mask_first_token", "pool_with_global", "adaptive", "pass_global_tokens_to_decoder")
+_POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
+
+
+class LSGAlbertConfig(PretrainedConfig):
+    r"""
+    Configuration of an LSG-ALBERT model. ALBERT's fields keep ALBERT's names and meaning; the defaults are those of
+    ALBERT-base with 4,096 positions. Sizes of the attention pattern count tokens.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30000):
+            Number of entries in the vocabulary.
+        embedding_size (`int`, *optional*, defaults to 128):
+            Width of the word, position, token-type and global embeddings.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the encoder; a multiple of `num_attention_heads`.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            How often a layer group is applied.
+        num_hidden_groups (`int`, *optional*, defaults to 1):
+            Number of layer groups; the layers of one group share their parameters.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Attention heads per layer.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the feed-forward part.
+        inner_group_num (`int`, *optional*, defaults to 1):
+            Layers inside one group.
+        hidden_act (`str`, *optional*, defaults to `"gelu_new"`):
+            Activation of the feed-forward part and of the masked-language-model head.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0):
+            Dropout of embeddings and attention outputs.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0):
+            Dropout of attention weights.
+        max_position_embeddings (`int`, *optional*, defaults to 4096):
+            Longest input in tokens; global tokens and adaptive padding do not count.
+        type_vocab_size (`int`, *optional*, defaults to 2):
+            Number of token types.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly drawn weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
+            Epsilon of the layer normalizations.
+        classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout before a classifier; `None` means `hidden_dropout_prob`.
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
+            `"absolute"` adds position embeddings. ALBERT's other values are accepted with a warning and add none.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to 0, 2, 3):
+            Ids of the padding, beginning and end tokens.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the masked-language-model decoder shares the word embeddings.
+        block_size (`int`, *optional*, defaults to 128):
+            Tokens per block. A token sees its own block and one neighbour on each side.
+        sparse_block_size (`int`, *optional*, defaults to 128):
+            Sparse tokens seen on each side of the local window; 0 or `None` switches the sparse part off.
+        sparsity_factor (`int`, *optional*, defaults to 2):
+            How many tokens one sparse token stands for; divides `block_size`. 0 or less switches the sparse part off.
+        sparsity_type (`str`, *optional*, defaults to `"norm"`):
+            Selection of the sparse tokens: `"norm"`, `"pooling"`, `"lsh"`, `"stride"`, `"block_stride"`,
+            `"bos_pooling"`, or `"none"`/`None` for no sparse part.
+        num_global_tokens (`int`, *optional*, defaults to 1):
+            Global tokens before the text, 1 to 512. They see and are seen by every token.
+        mask_first_token (`bool`, *optional*, defaults to `False`):
+            Hides the first text token ([CLS]) as a key, whose part a global token made from [CLS] then plays.
+        pool_with_global (`bool`, *optional*, defaults to `True`):
+            Replaces the first output by that of the first global token. Needed by `mask_first_token`.
+        adaptive (`bool`, *optional*, defaults to `True`):
+            Pads inputs to a multiple of `block_size` by itself, and removes that padding from the outputs.
+        lsh_num_pre_rounds (`int`, *optional*, defaults to 1):
+            Hashing rounds of `"lsh"` before the last one. Also accepted as `lsg_num_pre_rounds`.
+        lsh_seed (`int`, *optional*, defaults to 0):
+            Seed of the random projections of `"lsh"`; `None` draws them anew from torch's global generator.
+        pass_global_tokens_to_decoder (`bool`, *optional*, defaults to `True`):
+            Whether a decoder also attends to the global tokens.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names field, value and remedy.
+    """
+
+    model_type = "albert"
+    attribute_map = {"lsg_num_pre_rounds": "lsh_num_pre_rounds"}
+
+    def __init__(
+        self,
+        vocab_size: int = 30000,
+        embedding_size: int = 128,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_hidden_groups: int = 1,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        inner_group_num: int = 1,
+        hidden_act: str = "gelu_new",
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        max_position_embeddings: int = 4096,
+        type_vocab_size: int = 2,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-12,
+        classifier_dropout_prob: Optional[float] = 0.1,
+        position_embedding_type: str = "absolute",
+        pad_token_id: Optional[int] = 0,
+        bos_token_id: Optional[int] = 2,
+        eos_token_id: Optional[int] = 3,
+        tie_word_embeddings: bool = True,
+        block_size: int = 128,
+        sparse_block_size: Optional[int] = 128,
+        sparsity_factor: int = 2,
+        sparsity_type: Optional[str] = "norm",
+        num_global_tokens: int = 1,
+        mask_first_token: bool = False,
+        pool_with_global: bool = True,
+        adaptive: bool = True,
+        lsh_num_pre_rounds: int = 1,
+        lsh_seed: Optional[int] = 0,
+        pass_global_tokens_to_decoder: bool = True,
+        base_model_prefix: str = "lsg",
+        auto_map: Optional[dict[str, Any]] = None,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_hidden_groups = num_hidden_groups
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.inner_group_num = inner_group_num
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.classifier_dropout_prob = classifier_dropout_prob
+        self.position_embedding_type = position_embedding_type
+
+        self.block_size = block_size
+        self.sparse_block_size = sparse_block_size
+        self.sparsity_factor = sparsity_factor
+        self.sparsity_type = sparsity_type
+        self.num_global_tokens = num_global_tokens
+        self.mask_first_token = mask_first_token
+        self.pool_with_global = pool_with_global
+        self.adaptive = adaptive
+        self.lsh_num_pre_rounds = lsh_num_pre_rounds
+        self.lsh_seed = lsh_seed
+        self.pass_global_tokens_to_decoder = pass_global_tokens_to_decoder
+
+        # Published checkpoints carry this mark; it is how a converter tells them from plain ALBERT.
+        self.base_model_prefix = base_model_prefix
+        self.auto_map = {**AUTO_MAP, **(auto_map or {})}
+
+        attn_implementation = kwargs.get("attn_implementation")
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+        check_attn_implementation(attn_implementation)
+        self.check_fields()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary."""
+        fields = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", "kwargs"}
+        overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the pattern has a sparse part (spec of the published code: type, size and factor all ask for one)."""
+        return self.sparsity_type not in (None, "none") and bool(self.sparse_block_size) and self.sparsity_factor > 0
+
+    def check_fields(self) -> None:
+        """Check every field, alone and against the others.
+
+        Raises:
+            ValueError: a value is impossible; the message names field, value and remedy.
+        """
+        self._check_single_fields()
+        self._check_sizes()
+        self._check_sparsity()
+        if self.mask_first_token and not self.pool_with_global:
+            logger.warning_once("`mask_first_token=True` needs `pool_with_global=True`, which is set.")
+            self.pool_with_global = True
+
+    def _check_single_fields(self) -> None:
+        for field, (lowest, highest) in _INTEGER_FIELDS.items():
+            value = getattr(self, field)
+            if value is None and field in _NONE_ALLOWED:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"`{field}` must be an integer, got {value!r}.")
+            if (lowest is not None and value < lowest) or (highest is not None and value > highest):
+                wanted = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+                raise ValueError(f"`{field}` must be {wanted}, got {value}.")
+        for field in _PROBABILITIES:
+            value = getattr(self, field)
+            if value is None and field == "classifier_dropout_prob":
+                continue
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"`{field}` must be a number from 0 to 1, got {value!r}.")
+        for field in _BOOLEANS:
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"`{field}` must be True or False, got {getattr(self, field)!r}.")
+        if not _is_number(self.initializer_range) or self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must be a number of at least 0, got {self.initializer_range!r}.")
+        if not _is_number(self.layer_norm_eps) or self.layer_norm_eps <= 0:
+            raise ValueError(f"`layer_norm_eps` must be a number above 0, got {self.layer_norm_eps!r}.")
+        _check_name("position_embedding_type", self.position_embedding_type, _POSITION_EMBEDDING_TYPES)
+        if self.position_embedding_type != "absolute":
+            logger.warning_once(
+                f'`position_embedding_type="{self.position_embedding_type}"`: no position embedding is added, and '
+                'nothing takes its place. Use "absolute" for a model that knows the order of its tokens.'
+            )
+
+    def _check_sizes(self) -> None:
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` ({self.pad_token_id}) must be None or an id of the vocabulary, from 0 to "
+                f"{self.vocab_size - 1} (`vocab_size` is {self.vocab_size})."
+            )
+
+    def _check_sparsity(self) -> None:
+        if self.sparsity_type is not None:
+            _check_name("sparsity_type", self.sparsity_type, SPARSITY_TYPES)
+        if not self.is_sparse:
+            return
+        block, window, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
+        if block % factor != 0:
+            raise ValueError(
+                f"`block_size` ({block}) must be divisible by `sparsity_factor` ({factor}); 1, 2, 4, ... up to "
+                "`block_size` work when `block_size` is a power of two."
+            )
+        # These two types cut the text into chunks of `sparse_block_size` tokens when that is below `block_size`.
+        chunked = self.sparsity_type in ("norm", "lsh") and factor > 1 and window < block
+        if chunked and (block % window != 0 or window % factor != 0):
+            raise ValueError(
+                f'`sparse_block_size` ({window}) is below `block_size` ({block}): with `sparsity_type="'
+                f'{self.sparsity_type}"` it must then divide `block_size` and be a multiple of `sparsity_factor` '
+                f'({factor}). Take such a size, one of at least `block_size`, or `sparsity_type="pooling"`.'
+            )
+        if self.sparsity_type in ("stride", "block_stride") and factor > self.num_attention_heads:
+            logger.warning_once(
+                f"`sparsity_factor` ({factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
+                f'`sparsity_type="{self.sparsity_type}"` some tokens are then selected by no head.'
+            )
+
+
+def check_attn_implementation(name: Union[str, None]) -> None:
+    """Refuse an attention implementation that LSG attention does not have; None leaves the choice to transformers.
+
+    Raises:
+        ValueError: `name` is neither None nor one of `ATTN_IMPLEMENTATIONS`.
+    """
+    if name is not None and name not in ATTN_IMPLEMENTATIONS:
+        raise ValueError(
+            f'`attn_implementation` "{name}" does not exist for LSG attention. Use "sdpa" (the default, '
+            'torch.nn.functional.scaled_dot_product_attention) or "eager".'
+        )
+
+
+def _check_name(field: str, value: Any, known: tuple[str, ...]) -> None:
+    if value in known:
+        return
+    nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+    raise ValueError(f"`{field}` {value!r} is unknown: did you mean {nearest!r}? Known are {', '.join(known)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+LSGAlbertConfig.register_for_auto_class()

@@ -1,0 +1,246 @@
+"""The sparse part of LSG attention: which tokens, or means of tokens, stand for the text outside the local window.
+
+A selection turns the text's keys and values into a shorter list of sparse keys and values. It is linear in the values
+(each sparse value is a weighted mean of values), so values of any width may be passed, the identity matrix included.
+
+Source: Condevaux and Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long sequences",
+arXiv 2210.15497, section 3.
+
+Dimension key:  B batch  H heads  T text tokens  D head_dim  E value width  C chunks  W tokens per chunk
+                R buckets per chunk  L sparse tokens
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LSGPattern:
+    """Which keys a query sees; sizes count tokens. The fields are those of `LSGAlbertConfig`.
+
+    Args:
+        num_global_tokens: global tokens before the text, at least 1.
+        block_size: tokens per block of the text; a query sees its own block and one neighbour on each side.
+        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None for no sparse part.
+        sparse_block_size: sparse tokens seen on each side of those that stand for the local window.
+        sparsity_factor: tokens that one sparse token stands for; divides `block_size`.
+        lsh_num_pre_rounds: hashing rounds of "lsh" before the last one.
+    """
+
+    num_global_tokens: int
+    block_size: int
+    sparsity_type: Optional[str] = None
+    sparse_block_size: int = 0
+    sparsity_factor: int = 1
+    lsh_num_pre_rounds: int = 0
+
+    @property
+    def sparse_per_block(self) -> int:
+        """Sparse tokens that stand for one block."""
+        return self.block_size // self.sparsity_factor
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens per chunk of "norm" and "lsh"."""
+        return min(self.block_size, self.sparse_block_size)
+
+    @property
+    def hash_rounds(self) -> tuple[int, ...]:
+        """Buckets per chunk in each round of hashing; empty when nothing is hashed."""
+        if self.sparsity_type != "lsh" or self.sparsity_factor in (1, self.sparse_block_size):
+            return ()
+        return (self.chunk_size,) * self.lsh_num_pre_rounds + (self.chunk_size // self.sparsity_factor,)
+
+
+class SparseTokens(NamedTuple):
+    """Keys (B, H, L, D), values (B, H, L, E) and visibility (B, 1 or H, L, bool: True = may be attended to)."""
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+
+
+def select_sparse_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    pattern: LSGPattern,
+    projections: tuple[Tensor, ...] = (),
+) -> SparseTokens:
+    """Select or build the sparse tokens of every row and head.
+
+    Args:
+        query: (B, H, T, D) queries of the text; only "bos_pooling" reads them, and of those the first.
+        key: (B, H, T, D); T is a multiple of `pattern.block_size`.
+        value: (B, H, T, E).
+        visible: (B, 1, T) bool, True = may be attended to.
+        pattern: the selection and its sizes; `sparsity_type` is not None.
+        projections: one (H, D, R // 2) tensor for each of `pattern.hash_rounds`, see `hash_projections`.
+
+    Returns:
+        L = T / sparsity_factor sparse tokens, in the order of the text.
+    """
+    kind, factor = pattern.sparsity_type, pattern.sparsity_factor
+    if factor == 1:
+        return SparseTokens(key, value, visible)
+    if kind == "norm":
+        return largest_norms(key, value, visible, pattern.chunk_size, factor)
+    if kind == "stride":
+        return strided(key, value, visible, factor, run=1)
+    if kind == "block_stride":
+        return strided(key, value, visible, factor, run=pattern.sparse_per_block)
+    if pattern.hash_rounds:
+        return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
+    if kind == "pooling":
+        weights, visible = mean_weights(visible, factor, at_least_float32(key))
+    else:  # "bos_pooling", and "lsh" with a factor of `sparse_block_size`, which is the same thing
+        weights, visible = first_query_weights(query[:, :, :1], key, visible, factor)
+    return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
+
+
+def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, factor: int) -> SparseTokens:
+    """Keep the `chunk_size // factor` visible tokens of largest key norm of each chunk, by ascending norm."""
+    norms = torch.linalg.vector_norm(key, dim=-1, dtype=at_least_float32(key)) * visible
+    chunks = norms.unflatten(2, (-1, chunk_size))  # (B, H, C, W)
+    chosen = chunks.topk(chunk_size // factor, dim=-1).indices.flip(-1)
+    first = torch.arange(0, key.shape[2], chunk_size, device=key.device)[:, None]
+    index = (first + chosen).flatten(2)  # (B, H, L)
+    return SparseTokens(
+        gather_tokens(key, index), gather_tokens(value, index), visible.expand_as(norms).gather(2, index)
+    )
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Take the tokens `index` (B, H, L) of `x` (B, H, T, D) -> (B, H, L, D)."""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def strided(key: Tensor, value: Tensor, visible: Tensor, factor: int, run: int) -> SparseTokens:
+    """Head h takes the (h mod factor)-th run of `run` consecutive tokens in every `factor` runs."""
+    num_heads = key.shape[1]
+    head = torch.arange(num_heads, device=key.device)
+
+    def take(x: Tensor) -> Tensor:  # (B, H, T, ...) -> (B, H, T / factor, ...)
+        runs = x.unflatten(2, (-1, factor, run))[:, head, :, head % factor]  # (H, B, C, run, ...)
+        return runs.transpose(0, 1).flatten(2, 3)
+
+    return SparseTokens(take(key), take(value), take(visible.expand(-1, num_heads, -1)))
+
+
+def mean_weights(visible: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights (B, 1, C, W) of the mean over the visible tokens of each chunk; chunks without any are not visible."""
+    chunks = visible.unflatten(2, (-1, factor))
+    members = chunks.to(dtype)
+    return members / members.sum(-1, keepdim=True).clamp(min=1), chunks.any(-1)
+
+
+def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Softmax weights (B, H, C, W) of each chunk's visible tokens for one query (B, H, 1, D); as `mean_weights`."""
+    dtype = at_least_float32(key)
+    scores = (key.to(dtype) @ query.to(dtype).mT).squeeze(-1) / math.sqrt(key.shape[-1])  # (B, H, T)
+    scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+    return scores.unflatten(2, (-1, factor)).softmax(-1), visible.unflatten(2, (-1, factor)).any(-1)
+
+
+def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """Sum each chunk of `x` (B, H, C * W, D) under `weights` (B, 1 or H, C, W) -> (B, H, C, D), in x's dtype."""
+    chunks = x.unflatten(2, (-1, weights.shape[-1]))
+    return (weights.to(at_least_float32(x))[..., None] * chunks).sum(3).to(x.dtype)
+
+
+def hashed(
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    chunk_size: int,
+    rounds: tuple[int, ...],
+    projections: tuple[Tensor, ...],
+) -> SparseTokens:
+    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; a sparse token is a cluster's mean.
+
+    Each round hashes the clusters that the round before it made, starting from single tokens.
+    """
+    dtype = at_least_float32(key)
+    count = visible.to(dtype).unflatten(2, (-1, chunk_size))[..., None]  # (B, 1, C, W, 1)
+    key_sum, value_sum = (x.to(dtype).unflatten(2, (-1, chunk_size)) * count for x in (key, value))
+    for num_buckets, projection in zip(rounds, projections):
+        members = assign_buckets(key_sum, count, projection.to(key_sum), num_buckets)  # (B, H, C, R, W)
+        key_sum, value_sum, count = members @ key_sum, members @ value_sum, members @ count
+    key_mean, value_mean = ((x / count.clamp(min=1)).flatten(2, 3) for x in (key_sum, value_sum))
+    return SparseTokens(key_mean.to(key.dtype), value_mean.to(value.dtype), (count >= 1).flatten(2))
+
+
+def assign_buckets(key_sum: Tensor, count: Tensor, projection: Tensor, num_buckets: int) -> Tensor:
+    """Which of the `num_buckets` buckets holds which element, as a 0/1 matrix.
+
+    Args:
+        key_sum: (B, H, C, W, D) sums of the elements' keys.
+        count: (B, 1 or H, C, W, 1) tokens per element; an empty element lands in bucket 0 and adds nothing there.
+        projection: (H, D, num_buckets // 2) random directions; an element goes to the direction, or the opposite of
+            a direction, that it is nearest to (Andoni et al. 2015, arXiv 1509.02897, cross-polytope hashing).
+        num_buckets: R; of an odd number the last bucket stays empty, but for R = 1, which takes all.
+
+    Returns:
+        (B, H, C, R, W) in the dtype of `key_sum`.
+    """
+    if num_buckets == 1:
+        return torch.ones_like(key_sum[..., 0])[..., None, :]
+    directions = F.normalize(key_sum, dim=-1, eps=1e-12) * count.clamp(max=1)
+    scores = directions @ projection[:, None]
+    bucket = torch.cat([scores, -scores], dim=-1).argmax(-1)  # (B, H, C, W)
+    return (bucket[..., None, :] == torch.arange(num_buckets, device=bucket.device)[:, None]).to(key_sum.dtype)
+
+
+def hash_projections(
+    seed: Optional[int], num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Random projections for every call of an attention layer in one forward pass, in the order of the calls.
+
+    Args:
+        seed: seed of a generator of their own, so that the same seed gives the same projections on every call,
+            device and process; None draws them anew from torch's global generator.
+        num_calls: attention layers applied in one forward pass.
+        rounds: buckets per chunk in each round (`LSGPattern.hash_rounds`).
+        num_heads: H.
+        head_dim: D.
+
+    Returns:
+        For each call, for each round with R buckets, a normal float32 tensor (H, D, R // 2) on the CPU. Do not change
+        them in place: they are shared by all that use the seed.
+    """
+    if seed is None:
+        return draw_projections(None, num_calls, rounds, num_heads, head_dim)
+    return seeded_projections(seed, num_calls, rounds, num_heads, head_dim)
+
+
+# Under torch.compile the seeded projections are constants: generators cannot be traced.
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=8)
+def seeded_projections(
+    seed: int, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
+) -> tuple[tuple[Tensor, ...], ...]:
+    """`draw_projections` from a generator of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return draw_projections(generator, num_calls, rounds, num_heads, head_dim)
+
+
+def draw_projections(
+    generator: Optional[torch.Generator], num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Draw all rounds of one call, then those of the next, as the published code does."""
+    return tuple(
+        tuple(torch.randn(num_heads, head_dim, num_buckets // 2, generator=generator) for num_buckets in rounds)
+        for _ in range(num_calls)
+    )
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """The dtype to accumulate `x` in: its own, but float32 for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)

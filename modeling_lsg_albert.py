@@ -1,0 +1,822 @@
+"""LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
+
+import difflib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
+from .lsg_attention import lsg_attention, lsg_attention_map
+from .lsg_sparsity import LSGPattern, hash_projections
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except (
+    ImportError
+):  # transformers before 4.53 has no such class; its models call the checkpointing function themselves
+
+    class GradientCheckpointingLayer(nn.Module):
+        """A layer that forgets its activations in training and computes them again for the backward pass."""
+
+        gradient_checkpointing = False
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+            return super().__call__(*args, **kwargs)
+
+
+# The same function, but one fused kernel in place of a chain of eight.
+_FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
+
+
+@dataclass
+class LSGAlbertModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`LSGAlbertModel`]: that of ALBERT, and the global tokens.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The text tokens' last states; the first is that of the first global token with `pool_with_global`.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
+            The first of them after the pooler.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            `num_hidden_layers + 1` states of the shape of `last_hidden_state`, from the embeddings on.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The effective attention maps of the layers, `(batch_size, num_attention_heads, num_global_tokens +
+            sequence_length, num_global_tokens + sequence_length)`, global tokens first. Every row sums to 1.
+        global_hidden_states (`torch.FloatTensor` of shape `(batch_size, num_global_tokens, hidden_size)`):
+            The global tokens' last states.
+    """
+
+    global_hidden_states: Optional[torch.FloatTensor] = None
+
+
+@dataclass
+class LSGAlbertForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`LSGAlbertForPreTraining`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Sum of the masked-language-model and the sentence-order loss, when both labels are given.
+        prediction_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the vocabulary before softmax.
+        sop_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
+            Scores of the sentence order before softmax.
+        hidden_states, attentions (*optional*):
+            As in [`LSGAlbertModelOutput`].
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    prediction_logits: Optional[torch.FloatTensor] = None
+    sop_logits: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+
+
+def get_activation(name: str) -> nn.Module:
+    """The activation of transformers with that name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name.
+    """
+    if name not in ACT2FN:
+        nearest = difflib.get_close_matches(str(name), ACT2FN, n=1, cutoff=0.0)[0]
+        raise ValueError(f"`hidden_act` {name!r} is unknown to transformers: did you mean {nearest!r}?")
+    return ACT2FN[_FUSED_ACTIVATIONS.get(name, name)]
+
+
+class LSGAlbertEmbeddings(nn.Module):
+    """Word, position and token-type embeddings, with the global tokens' own before them."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        width = config.embedding_size
+        self.num_global_tokens = config.num_global_tokens
+        self.add_positions = config.position_embedding_type == "absolute"
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        token_type_ids: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, length = words.shape[:2]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, length, dtype=torch.long, device=words.device)
+        text = words + self.token_type_embeddings(token_type_ids)
+        if self.add_positions:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=words.device)[None]
+            text = text + self.position_embeddings(position_ids)
+        global_tokens = self.global_embeddings.weight[: self.num_global_tokens].expand(batch_size, -1, -1)
+        return self.dropout(self.LayerNorm(torch.cat([global_tokens.to(text.dtype), text], dim=1)))
+
+
+class LSGAlbertAttention(nn.Module):
+    """Multi-head LSG attention with its output projection, residual connection and normalization."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        visible: Tensor,
+        pattern: LSGPattern,
+        projections: tuple[Tensor, ...] = (),
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """States (batch, globals + length, hidden), which text tokens are `visible` (batch, length) -> states, map."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )  # (batch, heads, globals + length, head_size)
+        implementation = self.config._attn_implementation
+        check_attn_implementation(implementation)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        context = lsg_attention(query, key, value, visible, pattern, projections, implementation, dropout)
+        attention_map = lsg_attention_map(query, key, visible, pattern, projections) if output_attentions else None
+        context = self.output_dropout(self.dense(context.transpose(1, 2).flatten(2)))
+        return self.LayerNorm(hidden_states + context), attention_map
+
+
+class LSGAlbertLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward part."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LSGAlbertAttention(config)
+        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = get_activation(config.hidden_act)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Optional[Tensor]]:
+        """As `LSGAlbertAttention.forward`."""
+        hidden_states, attention_map = self.attention(hidden_states, *args, **kwargs)
+        chunk_size = self.chunk_size_feed_forward or hidden_states.shape[1]
+        chunks = [self.feed_forward(chunk) for chunk in hidden_states.split(chunk_size, dim=1)]
+        hidden_states = self.full_layer_layer_norm(torch.cat(chunks, dim=1) + hidden_states)
+        return hidden_states, attention_map
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, hidden) -> the same shape."""
+        return self.ffn_output(self.activation(self.ffn(hidden_states)))
+
+
+class LSGAlbertLayerGroup(nn.Module):
+    """The layers of one group; only a container, under ALBERT's parameter names."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.albert_layers = nn.ModuleList([LSGAlbertLayer(config) for _ in range(config.inner_group_num)])
+
+
+class LSGAlbertEncoder(nn.Module):
+    """The stack of shared layer groups."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.config = config
+        self.pattern = LSGPattern(
+            num_global_tokens=config.num_global_tokens,
+            block_size=config.block_size,
+            sparsity_type=config.sparsity_type if config.is_sparse else None,
+            sparse_block_size=config.sparse_block_size or 0,
+            sparsity_factor=config.sparsity_factor,
+            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
+        )
+        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+        self.albert_layer_groups = nn.ModuleList(
+            [LSGAlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
+        )
+
+    def forward(
+        self, embeddings: Tensor, visible: Tensor, output_attentions: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Embeddings (batch, globals + length, embedding_size), visible (batch, length) -> all states, all maps."""
+        hidden_states = [self.embedding_hidden_mapping_in(embeddings)]
+        attention_maps = []
+        projections = iter(self.hash_projections())
+        for group_index in self.group_of_layer():
+            states = hidden_states[-1]
+            for layer in self.albert_layer_groups[group_index].albert_layers:
+                states, attention_map = layer(
+                    states, visible, self.pattern, next(projections), output_attentions=output_attentions
+                )
+                attention_maps.append(attention_map)
+            hidden_states.append(states)
+        return hidden_states, attention_maps
+
+    def group_of_layer(self) -> list[int]:
+        """The index of the group that each of the `num_hidden_layers` layers applies."""
+        num_layers, num_groups = self.config.num_hidden_layers, self.config.num_hidden_groups
+        return [layer * num_groups // num_layers for layer in range(num_layers)]
+
+    def hash_projections(self) -> tuple[tuple[Tensor, ...], ...]:
+        """What "lsh" needs, for each call of an attention layer. Drawn before the layers, so that gradient
+        checkpointing computes a layer again with what it had."""
+        return hash_projections(
+            self.config.lsh_seed,
+            self.config.num_hidden_layers * self.config.inner_group_num,
+            self.pattern.hash_rounds,
+            self.config.num_attention_heads,
+            self.config.hidden_size // self.config.num_attention_heads,
+        )
+
+
+class LSGAlbertPreTrainedModel(PreTrainedModel):
+    """What all LSG-ALBERT models share: the configuration, loading and saving, initialization."""
+
+    config_class = LSGAlbertConfig
+    base_model_prefix = "albert"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # A file may hold a pooler that a head does not have, and, if it is old, the positions' buffer.
+    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
+
+    def __init__(self, config: LSGAlbertConfig, *args: Any, **kwargs: Any):
+        config.check_fields()  # fields may have been set since the configuration was made
+        check_attn_implementation(config._attn_implementation)
+        super().__init__(config, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Union[str, dict], **kwargs: Any) -> None:
+        """Switch between "sdpa" and "eager" at run time.
+
+        Raises:
+            ValueError: LSG attention has no such implementation.
+        """
+        if isinstance(attn_implementation, dict):
+            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
+        check_attn_implementation(attn_implementation)
+        self.config._attn_implementation = attn_implementation
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only torch.nn.init: transformers 5 replaces its functions by ones that leave loaded parameters alone.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, LSGAlbertMLMHead):
+            nn.init.zeros_(module.bias)
+
+
+class LSGAlbertModel(LSGAlbertPreTrainedModel):
+    """
+    The bare encoder.
+
+    Args:
+        config ([`LSGAlbertConfig`]):
+            Sizes and attention pattern.
+        add_pooling_layer (`bool`, *optional*, defaults to `True`):
+            Whether `pooler_output` is computed.
+    """
+
+    def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = LSGAlbertEmbeddings(config)
+        self.encoder = LSGAlbertEncoder(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, LSGAlbertModelOutput]:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids; exactly one of `input_ids` and `inputs_embeds` is given.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 or `True` for real tokens, 0 or `False` for padding, which may stand anywhere.
+            token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token types, 0 by default.
+            position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
+                Positions, 0 to `sequence_length - 1` by default.
+            head_mask:
+                Not supported; there for callers that pass `None` by position.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            output_attentions (`bool`, *optional*):
+                Whether to return the effective attention maps. They are quadratic in the length.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return the states after each layer; with indices, only those, and `None` for the others.
+            return_dict (`bool`, *optional*):
+                Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
+
+        Raises:
+            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if head_mask is not None:
+            raise ValueError("`head_mask` is not supported by LSG attention: leave it out.")
+        batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
+        padding = self._adaptive_padding(length)
+
+        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
+        visible = attention_mask.to(embeddings.device, torch.bool)
+        if self.config.mask_first_token:
+            visible = F.pad(visible[:, 1:], (1, 0), value=False)
+        all_states, attention_maps = self.encoder(
+            F.pad(embeddings, (0, 0, 0, padding)), F.pad(visible, (0, padding), value=False), output_attentions
+        )
+
+        first = self.config.num_global_tokens
+        end = first + length
+        global_states = all_states[-1][:, :first]
+        last_state = all_states[-1][:, first:end]
+        if self.config.pool_with_global:
+            last_state = torch.cat([global_states[:, :1], last_state[:, 1:]], dim=1)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(last_state[:, 0]))
+        hidden_states = [states[:, first:end] for states in all_states[:-1]] + [last_state]
+        output = LSGAlbertModelOutput(
+            last_hidden_state=last_state,
+            pooler_output=pooled,
+            hidden_states=select_states(hidden_states, output_hidden_states),
+            attentions=tuple(x[..., :end, :end] for x in attention_maps) if output_attentions else None,
+            global_hidden_states=global_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _check_inputs(
+        self, input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor], attention_mask: Optional[Tensor]
+    ) -> tuple[int, int]:
+        """The batch size and length of inputs that are in order; `ValueError` for others."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        name, given, num_dims = (
+            ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+        )
+        if given.ndim != num_dims:
+            shape = "(batch, length)" if num_dims == 2 else "(batch, length, embedding_size)"
+            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(given.shape)}.")
+        if inputs_embeds is not None and inputs_embeds.shape[2] != self.config.embedding_size:
+            raise ValueError(
+                f"`inputs_embeds` must have `embedding_size` ({self.config.embedding_size}) as its last dimension, "
+                f"got the shape {tuple(inputs_embeds.shape)}."
+            )
+        batch_size, length = given.shape[:2]
+        if length == 0:
+            raise ValueError(f"`{name}` has the length 0: give at least one token.")
+        limit = self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(
+                f"`{name}` has {length} tokens, but `max_position_embeddings` is {limit}. Truncate the text "
+                "(`truncation=True, max_length=...` in the tokenizer), or convert the checkpoint for more positions "
+                f"with `convert_albert_to_lsg.py` and a max length of at least {length}."
+            )
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, length):
+            raise ValueError(
+                f"`attention_mask` must have the shape (batch, length) = {(batch_size, length)}, with 1 for real "
+                f"tokens and 0 for masked ones, got the shape {tuple(attention_mask.shape)}."
+            )
+        return batch_size, length
+
+    def _adaptive_padding(self, length: int) -> int:
+        """How many tokens of padding the blocks need behind a text of `length` tokens."""
+        block_size = self.config.block_size
+        padding = -length % block_size if length > 2 * block_size else 0
+        if padding and not self.config.adaptive:
+            raise ValueError(
+                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
+                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
+            )
+        return padding
+
+
+def select_states(
+    hidden_states: list[Tensor], selection: Union[bool, int, list[int], None]
+) -> Optional[tuple[Optional[Tensor], ...]]:
+    """All states for True, none for False or None; for indices, which may be negative, None in place of the others."""
+    if selection is None or isinstance(selection, bool):
+        return tuple(hidden_states) if selection else None
+    indices = [selection] if isinstance(selection, int) else selection
+    chosen = {index % len(hidden_states) for index in indices if -len(hidden_states) <= index < len(hidden_states)}
+    return tuple(states if i in chosen else None for i, states in enumerate(hidden_states))
+
+
+class LSGAlbertMLMHead(nn.Module):
+    """Scores of the vocabulary for every token."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+        self.activation = get_activation(config.hidden_act)
+        self._tie_weights()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocab_size)."""
+        return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
+
+    def _tie_weights(self) -> None:
+        # transformers 4 calls this after loading, which may have put another parameter in the bias's place.
+        self.decoder.bias = self.bias
+
+
+class LSGAlbertSOPHead(nn.Module):
+    """Scores of the sentence order."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(batch, hidden_size) -> (batch, num_labels)."""
+        return self.classifier(self.dropout(pooled))
+
+
+def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
+    """The dropout before a classifier."""
+    own = config.classifier_dropout_prob
+    return nn.Dropout(config.hidden_dropout_prob if own is None else own)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of scores (..., classes) for labels (...); -100 is left out."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
+
+
+class _WithMLMHead(LSGAlbertPreTrainedModel):
+    """A model whose `predictions` share the word embeddings."""
+
+    # transformers 5 wants {target: source}; transformers 4 reads the keys.
+    _tied_weights_keys = {
+        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
+        "predictions.decoder.bias": "predictions.bias",
+    }
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.predictions.decoder = new_embeddings
+        self.predictions.bias = new_embeddings.bias
+
+
+class LSGAlbertForPreTraining(_WithMLMHead):
+    """Masked-language-model and sentence-order heads, as in ALBERT's pre-training."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.albert = LSGAlbertModel(config)
+        self.predictions = LSGAlbertMLMHead(config)
+        self.sop_classifier = LSGAlbertSOPHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        sentence_order_label: Optional[torch.LongTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, LSGAlbertForPreTrainingOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids of the masked tokens, -100 elsewhere.
+            sentence_order_label (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                0 for the original order, 1 for the switched one. The loss needs both labels.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        prediction_logits = self.predictions(outputs.last_hidden_state)
+        sop_logits = self.sop_classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None and sentence_order_label is not None:
+            loss = token_loss(prediction_logits, labels) + token_loss(sop_logits, sentence_order_label)
+        output = LSGAlbertForPreTrainingOutput(
+            loss, prediction_logits, sop_logits, outputs.hidden_states, outputs.attentions
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class LSGAlbertForMaskedLM(_WithMLMHead):
+    """Masked-language-model head."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.predictions = LSGAlbertMLMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, MaskedLMOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids of the masked tokens, -100 elsewhere.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.predictions(outputs.last_hidden_state)
+        loss = None if labels is None else token_loss(logits, labels)
+        output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
+    """A classifier, or a regression, of whole documents."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.albert = LSGAlbertModel(config)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[Tensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, SequenceClassifierOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], and:
+
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+                Class indices, or a float matrix of 0 and 1 for several classes at once, or with one label the values
+                of a regression. `config.problem_type` decides where the labels do not.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        output = SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem_type = self.config.problem_type
+        if problem_type is None and self.num_labels == 1:
+            problem_type = "regression"
+        elif problem_type is None:
+            problem_type = (
+                "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            )
+        if problem_type == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+        if problem_type == "single_label_classification":
+            return F.cross_entropy(logits, labels.flatten())
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
+    """A classifier of every token."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, TokenClassifierOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The tokens' classes, -100 where there is none.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else token_loss(logits, labels)
+        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
+    """Scores of every token as the start and as the end of an answer."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        start_positions: Optional[torch.LongTensor] = None,
+        end_positions: Optional[torch.LongTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, QuestionAnsweringModelOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], and:
+
+        Args:
+            start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                The answer's first and last token; answers outside the input are left out of the loss.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (span_loss(start_logits, start_positions) + span_loss(end_logits, end_positions)) / 2
+        output = QuestionAnsweringModelOutput(
+            loss, start_logits.contiguous(), end_logits.contiguous(), outputs.hidden_states, outputs.attentions
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Mean cross entropy of scores (batch, length) for positions (batch,) or (batch, 1); those past the end are left
+    out, negative ones count as 0."""
+    length = logits.shape[1]
+    return F.cross_entropy(logits, positions.to(logits.device).flatten().clamp(0, length), ignore_index=length)
+
+
+class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
+    """Scores of several texts, of which one is right."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config)
+        self.albert = LSGAlbertModel(config)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        head_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Union[bool, int, list[int], None] = None,
+        return_dict: Optional[bool] = None,
+    ) -> Union[tuple, MultipleChoiceModelOutput]:
+        r"""
+        Inputs as in [`LSGAlbertModel`], but each of shape `(batch_size, num_choices, sequence_length)`, and
+        `inputs_embeds` of shape `(batch_size, num_choices, sequence_length, embedding_size)`; and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                The index of the right choice.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        given, num_dims = (input_ids, 3) if inputs_embeds is None else (inputs_embeds, 4)
+        if given is None or given.ndim != num_dims:
+            raise ValueError(
+                "Give `input_ids` of the shape (batch, choices, length) or `inputs_embeds` of the shape (batch, "
+                f"choices, length, embedding_size), got {None if given is None else tuple(given.shape)}."
+            )
+        num_choices = given.shape[1]
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        outputs = self.albert(
+            input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
+            output_attentions, output_hidden_states, return_dict=True,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
+        loss = None if labels is None else token_loss(logits, labels)
+        output = MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return output if return_dict else output.to_tuple()
+
+
+# A saved model carries its own code, and its config says where each Auto class finds its model.
+LSGAlbertModel.register_for_auto_class("AutoModel")
+LSGAlbertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+LSGAlbertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LSGAlbertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LSGAlbertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+LSGAlbertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+LSGAlbertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -1,0 +1,65 @@
+"""The checkout as the package `lsg_albert`, small models, and transformers kept offline and away from the user's cache."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# Before transformers is imported anywhere. A cache of its own, or stale copies of the code would be run.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lsg_albert_modules_")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _import_checkout() -> None:
+    """Make `import lsg_albert` mean this checkout, also where another copy is installed."""
+    spec = importlib.util.spec_from_file_location(
+        "lsg_albert", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["lsg_albert"] = package
+    spec.loader.exec_module(package)
+
+
+_import_checkout()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from lsg_albert import LSGAlbertConfig  # noqa: E402
+
+TINY = {
+    "vocab_size": 120,
+    "embedding_size": 16,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 176,
+    "block_size": 8,
+    "sparse_block_size": 8,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config():
+    """A factory of small configurations; keywords replace fields."""
+    return lambda **fields: LSGAlbertConfig(**{**TINY, **fields})
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the checkout with data and golden cases; the test is skipped where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared (data and golden cases of the project's authors) is not there")
+    return SHARED

@@ -1,0 +1,184 @@
+"""LSG attention against a dense float64 oracle that was written from its definition alone."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lsg_albert.lsg_attention import (
+    ATTENTION_FUNCTIONS,
+    block_windows,
+    eager_attention,
+    lsg_attention,
+    lsg_attention_map,
+    sdpa_attention,
+)
+from lsg_albert.lsg_sparsity import LSGPattern, hash_projections
+from oracle import oracle_attention
+
+TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", None]
+
+
+def is_legal(sparsity_type, block, window, factor):
+    """The rule NORM_CHUNK of the specification: what the two chunked types can use."""
+    chunked = sparsity_type in ("norm", "lsh") and factor > 1 and window < block
+    return not chunked or (block % window == 0 and window % factor == 0)
+
+
+@st.composite
+def cases(draw):
+    """A pattern, queries, keys and values in float64, and which text tokens are visible."""
+    block = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+    factor = draw(st.sampled_from([f for f in range(1, block + 1) if block % f == 0]))
+    sparsity_type = draw(st.sampled_from(TYPES))
+    window = draw(st.integers(1, 2 * block + 1))
+    assume(is_legal(sparsity_type, block, window, factor))
+    pattern = LSGPattern(draw(st.integers(1, 4)), block, sparsity_type, window, factor, draw(st.integers(0, 2)))
+    length = draw(st.one_of(st.integers(1, 2 * block), st.integers(3, 7).map(lambda blocks: blocks * block)))
+    batch, heads, width = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = (3, batch, heads, pattern.num_global_tokens + length, width)
+    query, key, value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # From no real token in a row to no masked one: padding on either side, holes, whole rows.
+    visible = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    padding = draw(st.integers(0, length))
+    visible[0, padding:] = draw(st.booleans())
+    return pattern, query, key, value, visible
+
+
+def draw_projections(pattern, key):
+    return hash_projections(7, 1, pattern.hash_rounds, key.shape[1], key.shape[-1])[0]
+
+
+def from_oracle(pattern, query, key, value, visible):
+    return oracle_attention(
+        query, key, value, visible,
+        num_global_tokens=pattern.num_global_tokens, block_size=pattern.block_size,
+        sparse_block_size=pattern.sparse_block_size, sparsity_factor=pattern.sparsity_factor,
+        sparsity_type=pattern.sparsity_type,
+        projections=[p.to(key.dtype) for p in draw_projections(pattern, key)],
+    )  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases(), st.sampled_from(sorted(ATTENTION_FUNCTIONS)))
+def test_context_and_map_are_the_oracles(case, implementation):
+    pattern, query, key, value, visible = case
+    projections = draw_projections(pattern, key)
+    context = lsg_attention(query, key, value, visible, pattern, projections, implementation)
+    attention_map = lsg_attention_map(query, key, visible, pattern, projections)
+    expected_context, expected_map = from_oracle(*case)
+    torch.testing.assert_close(context, expected_context, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attention_map, expected_map, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(sorted(ATTENTION_FUNCTIONS)))
+def test_gradients_are_the_oracles(case, implementation):
+    pattern, *inputs, visible = case
+    cotangent = torch.randn_like(inputs[2])
+
+    def gradients(attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad((attention(*leaves) * cotangent).sum(), leaves)
+
+    projections = draw_projections(pattern, inputs[1])
+    ours = gradients(lambda q, k, v: lsg_attention(q, k, v, visible, pattern, projections, implementation))
+    expected = gradients(lambda q, k, v: from_oracle(pattern, q, k, v, visible)[0])
+    for name, gradient, expected_gradient in zip(("query", "key", "value"), ours, expected):
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=0, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_rows_of_the_map_sum_to_one_and_give_the_context(case):
+    pattern, query, key, value, visible = case
+    projections = draw_projections(pattern, key)
+    attention_map = lsg_attention_map(query, key, visible, pattern, projections)
+    context = lsg_attention(query, key, value, visible, pattern, projections)
+    torch.testing.assert_close(attention_map.sum(-1), torch.ones_like(attention_map[..., 0]))
+    torch.testing.assert_close(attention_map @ value, context)
+    masked = ~torch.nn.functional.pad(visible, (pattern.num_global_tokens, 0), value=True)
+    assert (attention_map.transpose(-1, 1)[masked] == 0).all(), "a masked token was attended to"
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(1, 3))
+def test_right_padding_by_whole_blocks_changes_nothing(case, blocks):
+    pattern, query, key, value, visible = case
+    length = visible.shape[1]
+    assume(length > 2 * pattern.block_size or length == 2 * pattern.block_size)
+    projections = draw_projections(pattern, key)
+    padding = blocks * pattern.block_size
+    longer = [
+        torch.cat([x, torch.randn_like(x[:, :, :1]).expand(-1, -1, padding, -1)], 2) for x in (query, key, value)
+    ]
+    padded = lsg_attention(*longer, torch.nn.functional.pad(visible, (0, padding)), pattern, projections)
+    alone = lsg_attention(query, key, value, visible, pattern, projections)
+    torch.testing.assert_close(padded[:, :, : alone.shape[2]], alone)
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_stays_near_the_exact_answer(sparsity_type, dtype):
+    pattern = LSGPattern(2, 16, sparsity_type, 16, 4, 1)
+    # Values that every dtype holds exactly: what differs is the arithmetic, not the input.
+    query, key, value = torch.randn(3, 2, 4, 2 + 80, 16).bfloat16().to(torch.float16).double()
+    visible = torch.rand(2, 80) < 0.8
+    projections = draw_projections(pattern, key)
+    exact = lsg_attention(query, key, value, visible, pattern, projections)
+    low = lsg_attention(query.to(dtype), key.to(dtype), value.to(dtype), visible, pattern, projections)
+    assert low.dtype == dtype
+    # A pooled key is rounded once, and a score of about 8 once more; both enter the weights through exp.
+    assert (low.double() - exact).abs().max() < 32 * torch.finfo(dtype).eps * value.abs().max()
+
+
+def test_eager_and_sdpa_agree_also_without_visible_text():
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    visible = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
+    visible[..., 0] = True
+    expected = value[:, :, :1].expand_as(value)
+    for attention in (eager_attention, sdpa_attention):
+        torch.testing.assert_close(attention(query, key, value, visible), expected)
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    query, key = torch.zeros(2, 1, 1, 400, 4)
+    visible = torch.ones(1, 1, 1, 400, dtype=torch.bool)
+    for attention in (eager_attention, sdpa_attention):
+        weights = attention(query, key, torch.eye(400)[None, None], visible, dropout=0.25)
+        assert 0.24 < (weights == 0).float().mean() < 0.26
+        assert abs(weights.sum(-1).mean() - 1) < 0.01
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(-9, 9), st.integers(1, 12))
+def test_block_windows_hold_the_slices_they_name(length, num_blocks, step, start, size):
+    x = torch.arange(1, length + 1)[None, None]
+    windows = block_windows(x, num_blocks, step, start, size)
+    assert windows.shape == (1, 1, num_blocks, size)
+    for i in range(num_blocks):
+        first = i * step + start
+        expected = [j + 1 if 0 <= j < length else 0 for j in range(first, first + size)]
+        assert windows[0, 0, i].tolist() == expected
+
+
+def test_time_and_memory_shapes_are_linear_in_the_length():
+    """No tensor of the computation is larger than a constant times the length."""
+    pattern = LSGPattern(1, 8, "norm", 8, 2)
+    largest = {}
+    for length in (256, 1024):
+        query, key, value = torch.randn(3, 1, 1, 1 + length, 4)
+
+        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, length=length):
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    largest[length] = max(largest.get(length, 0), out.untyped_storage().nbytes())
+                return out
+
+        with Sizes():
+            lsg_attention(query, key, value, torch.ones(1, length, dtype=torch.bool), pattern)
+    assert largest[1024] <= 4.1 * largest[256]
