@@ -2,9 +2,11 @@
 
 import difflib
 import inspect
-from typing import Any, Optional, Union
+import math
+from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -42,10 +44,19 @@ _INTEGER_FIELDS = {
     "num_global_tokens": (1, MAX_GLOBAL_TOKENS),
     "lsh_num_pre_rounds": (0, None),
     "lsh_seed": (0, 2**63 - 1),
+    "pad_token_id": (0, None),
+    "bos_token_id": (0, None),
+    "eos_token_id": (0, None),
 }
-_NONE_ALLOWED = ("sparse_block_size", "lsh_seed")
+_NONE_ALLOWED = ("sparse_block_size", "lsh_seed", "pad_token_id", "bos_token_id", "eos_token_id")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
-_BOOLEANS = ("mask_first_token", "pool_with_global", "adaptive", "pass_global_tokens_to_decoder")
+_BOOLEANS = (
+    "tie_word_embeddings",
+    "mask_first_token",
+    "pool_with_global",
+    "adaptive",
+    "pass_global_tokens_to_decoder",
+)
 _POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 
 
@@ -141,25 +152,25 @@ class LSGAlbertConfig(PretrainedConfig):
         type_vocab_size: int = 2,
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-12,
-        classifier_dropout_prob: Optional[float] = 0.1,
+        classifier_dropout_prob: float | None = 0.1,
         position_embedding_type: str = "absolute",
-        pad_token_id: Optional[int] = 0,
-        bos_token_id: Optional[int] = 2,
-        eos_token_id: Optional[int] = 3,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 2,
+        eos_token_id: int | None = 3,
         tie_word_embeddings: bool = True,
         block_size: int = 128,
-        sparse_block_size: Optional[int] = 128,
+        sparse_block_size: int | None = 128,
         sparsity_factor: int = 2,
-        sparsity_type: Optional[str] = "norm",
+        sparsity_type: str | None = "norm",
         num_global_tokens: int = 1,
         mask_first_token: bool = False,
         pool_with_global: bool = True,
         adaptive: bool = True,
         lsh_num_pre_rounds: int = 1,
-        lsh_seed: Optional[int] = 0,
+        lsh_seed: int | None = 0,
         pass_global_tokens_to_decoder: bool = True,
         base_model_prefix: str = "lsg",
-        auto_map: Optional[dict[str, Any]] = None,
+        auto_map: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.vocab_size = vocab_size
@@ -179,6 +190,10 @@ class LSGAlbertConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.classifier_dropout_prob = classifier_dropout_prob
         self.position_embedding_type = position_embedding_type
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
 
         self.block_size = block_size
         self.sparse_block_size = sparse_block_size
@@ -188,7 +203,7 @@ class LSGAlbertConfig(PretrainedConfig):
         self.mask_first_token = mask_first_token
         self.pool_with_global = pool_with_global
         self.adaptive = adaptive
-        self.lsh_num_pre_rounds = lsh_num_pre_rounds
+        self.lsh_num_pre_rounds = kwargs.pop("lsg_num_pre_rounds", lsh_num_pre_rounds)
         self.lsh_seed = lsh_seed
         self.pass_global_tokens_to_decoder = pass_global_tokens_to_decoder
 
@@ -196,7 +211,9 @@ class LSGAlbertConfig(PretrainedConfig):
         self.base_model_prefix = base_model_prefix
         self.auto_map = {**AUTO_MAP, **(auto_map or {})}
 
-        attn_implementation = kwargs.get("attn_implementation")
+        # Without it `pipeline` of transformers 4.4x does not look for a tokenizer.
+        kwargs["tokenizer_class"] = kwargs.get("tokenizer_class") or "AlbertTokenizer"
+        self.check_fields()  # before the checks of transformers 5, which know neither field nor remedy
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -204,15 +221,17 @@ class LSGAlbertConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-        check_attn_implementation(attn_implementation)
-        self.check_fields()
+        check_attn_implementation(self._attn_implementation)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary."""
         fields = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", "kwargs"}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        merged = {}
+        for values in (config_dict, overrides):
+            merged.update({cls.attribute_map.get(name, name): value for name, value in values.items()})
+        return super().from_dict(merged, **kwargs)
 
     @property
     def is_sparse(self) -> bool:
@@ -255,6 +274,7 @@ class LSGAlbertConfig(PretrainedConfig):
             raise ValueError(f"`initializer_range` must be a number of at least 0, got {self.initializer_range!r}.")
         if not _is_number(self.layer_norm_eps) or self.layer_norm_eps <= 0:
             raise ValueError(f"`layer_norm_eps` must be a number above 0, got {self.layer_norm_eps!r}.")
+        _check_name("hidden_act", self.hidden_act, tuple(ACT2FN))
         _check_name("position_embedding_type", self.position_embedding_type, _POSITION_EMBEDDING_TYPES)
         if self.position_embedding_type != "absolute":
             logger.warning_once(
@@ -300,7 +320,7 @@ class LSGAlbertConfig(PretrainedConfig):
             )
 
 
-def check_attn_implementation(name: Union[str, None]) -> None:
+def check_attn_implementation(name: str | None) -> None:
     """Refuse an attention implementation that LSG attention does not have; None leaves the choice to transformers.
 
     Raises:
@@ -316,12 +336,12 @@ def check_attn_implementation(name: Union[str, None]) -> None:
 def _check_name(field: str, value: Any, known: tuple[str, ...]) -> None:
     if value in known:
         return
-    nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.0)[0]
     raise ValueError(f"`{field}` {value!r} is unknown: did you mean {nearest!r}? Known are {', '.join(known)}.")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 LSGAlbertConfig.register_for_auto_class()

@@ -11,8 +11,8 @@ query is ever without keys, as global tokens are always visible.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def block_windows(x: Tensor, num_blocks: int, step: int, start: int, size: int) 
     return windows.movedim(-1, 3)
 
 
-def key_windows(x_global: Tensor, x_text: Tensor, x_sparse: Optional[Tensor], pattern: LSGPattern) -> Tensor:
+def key_windows(x_global: Tensor, x_text: Tensor, x_sparse: Tensor | None, pattern: LSGPattern) -> Tensor:
     """All that the queries of each block see, for keys, values or visibility.
 
     Args:

@@ -13,7 +13,7 @@ Dimension key:  B batch  H heads  T text tokens  D head_dim  E value width  C ch
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class LSGPattern:
 
     num_global_tokens: int
     block_size: int
-    sparsity_type: Optional[str] = None
+    sparsity_type: str | None = None
     sparse_block_size: int = 0
     sparsity_factor: int = 1
     lsh_num_pre_rounds: int = 0
@@ -170,7 +170,7 @@ def hashed(
     dtype = at_least_float32(key)
     count = visible.to(dtype).unflatten(2, (-1, chunk_size))[..., None]  # (B, 1, C, W, 1)
     key_sum, value_sum = (x.to(dtype).unflatten(2, (-1, chunk_size)) * count for x in (key, value))
-    for num_buckets, projection in zip(rounds, projections):
+    for num_buckets, projection in zip(rounds, projections, strict=True):
         members = assign_buckets(key_sum, count, projection.to(key_sum), num_buckets)  # (B, H, C, R, W)
         key_sum, value_sum, count = members @ key_sum, members @ value_sum, members @ count
     key_mean, value_mean = ((x / count.clamp(min=1)).flatten(2, 3) for x in (key_sum, value_sum))
@@ -199,7 +199,7 @@ def assign_buckets(key_sum: Tensor, count: Tensor, projection: Tensor, num_bucke
 
 
 def hash_projections(
-    seed: Optional[int], num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
+    seed: int | None, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
 ) -> tuple[tuple[Tensor, ...], ...]:
     """Random projections for every call of an attention layer in one forward pass, in the order of the calls.
 
@@ -215,24 +215,26 @@ def hash_projections(
         For each call, for each round with R buckets, a normal float32 tensor (H, D, R // 2) on the CPU. Do not change
         them in place: they are shared by all that use the seed.
     """
+    if not rounds:
+        return ((),) * num_calls
     if seed is None:
         return draw_projections(None, num_calls, rounds, num_heads, head_dim)
     return seeded_projections(seed, num_calls, rounds, num_heads, head_dim)
 
 
-# Under torch.compile the seeded projections are constants: generators cannot be traced.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # for torch.compile, which cannot trace generators
+def seeded_projections(seed: int, *sizes) -> tuple[tuple[Tensor, ...], ...]:
+    """`draw_projections` from a generator of its own; `sizes` are the other arguments."""
+    return _cached_projections(seed, *sizes)
+
+
 @functools.lru_cache(maxsize=8)
-def seeded_projections(
-    seed: int, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
-) -> tuple[tuple[Tensor, ...], ...]:
-    """`draw_projections` from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    return draw_projections(generator, num_calls, rounds, num_heads, head_dim)
+def _cached_projections(seed: int, *sizes) -> tuple[tuple[Tensor, ...], ...]:
+    return draw_projections(torch.Generator().manual_seed(seed), *sizes)
 
 
 def draw_projections(
-    generator: Optional[torch.Generator], num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
+    generator: torch.Generator | None, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
 ) -> tuple[tuple[Tensor, ...], ...]:
     """Draw all rounds of one call, then those of the next, as the published code does."""
     return tuple(

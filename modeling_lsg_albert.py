@@ -1,9 +1,8 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
-import difflib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ class LSGAlbertModelOutput(BaseModelOutputWithPooling):
             The global tokens' last states.
     """
 
-    global_hidden_states: Optional[torch.FloatTensor] = None
+    global_hidden_states: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -83,22 +82,15 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
             As in [`LSGAlbertModelOutput`].
     """
 
-    loss: Optional[torch.FloatTensor] = None
-    prediction_logits: Optional[torch.FloatTensor] = None
-    sop_logits: Optional[torch.FloatTensor] = None
-    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
-    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    sop_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def get_activation(name: str) -> nn.Module:
-    """The activation of transformers with that name.
-
-    Raises:
-        ValueError: there is none; the message has the nearest name.
-    """
-    if name not in ACT2FN:
-        nearest = difflib.get_close_matches(str(name), ACT2FN, n=1, cutoff=0.0)[0]
-        raise ValueError(f"`hidden_act` {name!r} is unknown to transformers: did you mean {nearest!r}?")
+    """The activation of transformers with that name, which the configuration has checked."""
     return ACT2FN[_FUSED_ACTIVATIONS.get(name, name)]
 
 
@@ -119,10 +111,10 @@ class LSGAlbertEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Optional[Tensor] = None,
-        token_type_ids: Optional[Tensor] = None,
-        position_ids: Optional[Tensor] = None,
-        inputs_embeds: Optional[Tensor] = None,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -159,9 +151,21 @@ class LSGAlbertAttention(nn.Module):
         visible: Tensor,
         pattern: LSGPattern,
         projections: tuple[Tensor, ...] = (),
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """States (batch, globals + length, hidden), which text tokens are `visible` (batch, length) -> states, map."""
+        map_size: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, and add to what came in.
+
+        Args:
+            hidden_states: (batch, globals + length, hidden).
+            visible: (batch, length) bool, which text tokens may be attended to.
+            pattern: which keys a query sees.
+            projections: of "lsh".
+            map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
+
+        Returns:
+            The new states, and the map (batch, heads, map_size, map_size) or None. The states are computed from the
+            map where there is one, so that gradients reach it.
+        """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
@@ -169,8 +173,13 @@ class LSGAlbertAttention(nn.Module):
         implementation = self.config._attn_implementation
         check_attn_implementation(implementation)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        context = lsg_attention(query, key, value, visible, pattern, projections, implementation, dropout)
-        attention_map = lsg_attention_map(query, key, visible, pattern, projections) if output_attentions else None
+        attention_map = None
+        if map_size is None:
+            context = lsg_attention(query, key, value, visible, pattern, projections, implementation, dropout)
+        else:
+            attention_map = lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size]
+            context = F.dropout(attention_map, dropout) @ value[:, :, :map_size]
+            context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
         context = self.output_dropout(self.dense(context.transpose(1, 2).flatten(2)))
         return self.LayerNorm(hidden_states + context), attention_map
 
@@ -187,7 +196,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = get_activation(config.hidden_act)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `LSGAlbertAttention.forward`."""
         hidden_states, attention_map = self.attention(hidden_states, *args, **kwargs)
         chunk_size = self.chunk_size_feed_forward or hidden_states.shape[1]
@@ -228,21 +237,52 @@ class LSGAlbertEncoder(nn.Module):
         )
 
     def forward(
-        self, embeddings: Tensor, visible: Tensor, output_attentions: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Embeddings (batch, globals + length, embedding_size), visible (batch, length) -> all states, all maps."""
-        hidden_states = [self.embedding_hidden_mapping_in(embeddings)]
-        attention_maps = []
+        self, embeddings: Tensor, visible: Tensor, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Apply all layers.
+
+        Args:
+            embeddings: (batch, globals + length, embedding_size).
+            visible: (batch, length) bool, which text tokens may be attended to.
+            output_attentions: whether to return maps.
+            output_hidden_states: whether to return states in between.
+
+        Returns:
+            The last states (batch, globals + length, hidden); the text's states (batch, length, hidden) that went into
+            each layer; and the layers' effective attention maps (batch, heads, globals + length, globals + length).
+        """
+        num_tokens, length = embeddings.shape[1], visible.shape[1]
+        padding = self.adaptive_padding(length)
+        states = self.embedding_hidden_mapping_in(F.pad(embeddings, (0, 0, 0, padding)))
+        visible = F.pad(visible, (0, padding), value=False)
+        text_states, attention_maps = [], []
         projections = iter(self.hash_projections())
         for group_index in self.group_of_layer():
-            states = hidden_states[-1]
+            if output_hidden_states:
+                # Put together again, so that the part which is returned is what the next layer reads: it has a gradient.
+                parts = states.tensor_split([num_tokens - length, num_tokens], dim=1)
+                text_states.append(parts[1])
+                states = torch.cat(parts, dim=1)
             for layer in self.albert_layer_groups[group_index].albert_layers:
-                states, attention_map = layer(
-                    states, visible, self.pattern, next(projections), output_attentions=output_attentions
-                )
+                map_size = num_tokens if output_attentions else None
+                states, attention_map = layer(states, visible, self.pattern, next(projections), map_size)
                 attention_maps.append(attention_map)
-            hidden_states.append(states)
-        return hidden_states, attention_maps
+        return states[:, :num_tokens], text_states, attention_maps
+
+    def adaptive_padding(self, length: int) -> int:
+        """How many tokens of padding the blocks need behind a text of `length` tokens.
+
+        Raises:
+            ValueError: some, but `adaptive` is False.
+        """
+        block_size = self.config.block_size
+        padding = -length % block_size if length > 2 * block_size else 0
+        if padding and not self.config.adaptive:
+            raise ValueError(
+                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
+                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
+            )
+        return padding
 
     def group_of_layer(self) -> list[int]:
         """The index of the group that each of the `num_hidden_layers` layers applies."""
@@ -269,6 +309,8 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _no_split_modules = ["LSGAlbertLayer"]  # for `device_map="auto"`
+    _supports_param_buffer_assignment = False  # transformers 4.4x would part the two names of the decoder's bias
     # A file may hold a pooler that a head does not have, and, if it is old, the positions' buffer.
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
 
@@ -277,7 +319,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
         check_attn_implementation(config._attn_implementation)
         super().__init__(config, *args, **kwargs)
 
-    def set_attn_implementation(self, attn_implementation: Union[str, dict], **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Switch between "sdpa" and "eager" at run time.
 
         Raises:
@@ -287,6 +329,14 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             attn_implementation = attn_implementation.get("", self.config._attn_implementation)
         check_attn_implementation(attn_implementation)
         self.config._attn_implementation = attn_implementation
+
+    @classmethod
+    def _autoset_attn_implementation(
+        cls, config: LSGAlbertConfig, use_flash_attention_2: bool = False, **kwargs: Any
+    ) -> LSGAlbertConfig:
+        # Only releases before 4.54 call this. For flash attention they would send the user to the model's authors.
+        check_attn_implementation("flash_attention_2" if use_flash_attention_2 else config._attn_implementation)
+        return super()._autoset_attn_implementation(config, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only torch.nn.init: transformers 5 replaces its functions by ones that leave loaded parameters alone.
@@ -329,16 +379,16 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, LSGAlbertModelOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | LSGAlbertModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -370,7 +420,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         if head_mask is not None:
             raise ValueError("`head_mask` is not supported by LSG attention: leave it out.")
         batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
-        padding = self._adaptive_padding(length)
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         if attention_mask is None:
@@ -378,29 +429,23 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         visible = attention_mask.to(embeddings.device, torch.bool)
         if self.config.mask_first_token:
             visible = F.pad(visible[:, 1:], (1, 0), value=False)
-        all_states, attention_maps = self.encoder(
-            F.pad(embeddings, (0, 0, 0, padding)), F.pad(visible, (0, padding), value=False), output_attentions
-        )
-
-        first = self.config.num_global_tokens
-        end = first + length
-        global_states = all_states[-1][:, :first]
-        last_state = all_states[-1][:, first:end]
+        wants_states = output_hidden_states is not None and output_hidden_states is not False
+        states, text_states, attention_maps = self.encoder(embeddings, visible, output_attentions, wants_states)
+        global_states, last_state = states.tensor_split([self.config.num_global_tokens], dim=1)
         if self.config.pool_with_global:
             last_state = torch.cat([global_states[:, :1], last_state[:, 1:]], dim=1)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(last_state[:, 0]))
-        hidden_states = [states[:, first:end] for states in all_states[:-1]] + [last_state]
         output = LSGAlbertModelOutput(
             last_hidden_state=last_state,
             pooler_output=pooled,
-            hidden_states=select_states(hidden_states, output_hidden_states),
-            attentions=tuple(x[..., :end, :end] for x in attention_maps) if output_attentions else None,
+            hidden_states=select_states([*text_states, last_state], output_hidden_states),
+            attentions=tuple(attention_maps) if output_attentions else None,
             global_hidden_states=global_states,
         )
         return output if return_dict else output.to_tuple()
 
     def _check_inputs(
-        self, input_ids: Optional[Tensor], inputs_embeds: Optional[Tensor], attention_mask: Optional[Tensor]
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
     ) -> tuple[int, int]:
         """The batch size and length of inputs that are in order; `ValueError` for others."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -433,21 +478,10 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             )
         return batch_size, length
 
-    def _adaptive_padding(self, length: int) -> int:
-        """How many tokens of padding the blocks need behind a text of `length` tokens."""
-        block_size = self.config.block_size
-        padding = -length % block_size if length > 2 * block_size else 0
-        if padding and not self.config.adaptive:
-            raise ValueError(
-                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
-                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
-            )
-        return padding
-
 
 def select_states(
-    hidden_states: list[Tensor], selection: Union[bool, int, list[int], None]
-) -> Optional[tuple[Optional[Tensor], ...]]:
+    hidden_states: list[Tensor], selection: bool | int | list[int] | None
+) -> tuple[Tensor | None, ...] | None:
     """All states for True, none for False or None; for indices, which may be negative, None in place of the others."""
     if selection is None or isinstance(selection, bool):
         return tuple(hidden_states) if selection else None
@@ -473,7 +507,10 @@ class LSGAlbertMLMHead(nn.Module):
         return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
 
     def _tie_weights(self) -> None:
-        # transformers 4 calls this after loading, which may have put another parameter in the bias's place.
+        # transformers 4 calls this after loading, which may have put a parameter in the place of either name of the
+        # bias; a file has one of them, and the other one may still be without values.
+        if self.bias.is_meta:
+            self.bias = self.decoder.bias
         self.decoder.bias = self.bias
 
 
@@ -510,6 +547,11 @@ class _WithMLMHead(LSGAlbertPreTrainedModel):
         "predictions.decoder.bias": "predictions.bias",
     }
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # Only transformers 5 calls this. The bias has two names also where `tie_word_embeddings` is False.
+        tied = super().get_expanded_tied_weights_keys(all_submodels)
+        return {**tied, "predictions.decoder.bias": "predictions.bias"}
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.predictions.decoder
 
@@ -530,18 +572,18 @@ class LSGAlbertForPreTraining(_WithMLMHead):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[torch.LongTensor] = None,
-        sentence_order_label: Optional[torch.LongTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, LSGAlbertForPreTrainingOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        sentence_order_label: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | LSGAlbertForPreTrainingOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
 
@@ -578,17 +620,17 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[torch.LongTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, MaskedLMOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | MaskedLMOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
 
@@ -620,17 +662,17 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[Tensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, SequenceClassifierOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | SequenceClassifierOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
 
@@ -677,17 +719,17 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[torch.LongTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, TokenClassifierOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | TokenClassifierOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
 
@@ -718,18 +760,18 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        start_positions: Optional[torch.LongTensor] = None,
-        end_positions: Optional[torch.LongTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, QuestionAnsweringModelOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | QuestionAnsweringModelOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
 
@@ -771,17 +813,17 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[Tensor] = None,
-        token_type_ids: Optional[torch.LongTensor] = None,
-        position_ids: Optional[torch.LongTensor] = None,
-        head_mask: Optional[Tensor] = None,
-        inputs_embeds: Optional[torch.FloatTensor] = None,
-        labels: Optional[torch.LongTensor] = None,
-        output_attentions: Optional[bool] = None,
-        output_hidden_states: Union[bool, int, list[int], None] = None,
-        return_dict: Optional[bool] = None,
-    ) -> Union[tuple, MultipleChoiceModelOutput]:
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | MultipleChoiceModelOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], but each of shape `(batch_size, num_choices, sequence_length)`, and
         `inputs_embeds` of shape `(batch_size, num_choices, sequence_length, embedding_size)`; and:

@@ -51,7 +51,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """A factory of small configurations; keywords replace fields."""
     return lambda **fields: LSGAlbertConfig(**{**TINY, **fields})

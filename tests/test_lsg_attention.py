@@ -85,7 +85,7 @@ def test_gradients_are_the_oracles(case, implementation):
     projections = draw_projections(pattern, inputs[1])
     ours = gradients(lambda q, k, v: lsg_attention(q, k, v, visible, pattern, projections, implementation))
     expected = gradients(lambda q, k, v: from_oracle(pattern, q, k, v, visible)[0])
-    for name, gradient, expected_gradient in zip(("query", "key", "value"), ours, expected):
+    for name, gradient, expected_gradient in zip(("query", "key", "value"), ours, expected, strict=True):
         torch.testing.assert_close(
             gradient, expected_gradient, rtol=0, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
         )

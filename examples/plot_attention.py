@@ -1,0 +1,100 @@
+"""Draw what the tokens of a text attend to: the pattern, and one layer's effective attention map.
+
+    python examples/plot_attention.py examples/long_document.txt --output attn.png
+
+The map has a weight for every pair of tokens, also where the model attended to a mean of several: such a weight is
+spread over the tokens that it stands for. Needs matplotlib (`pip install ".[plot]"`).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+matplotlib.use("Agg")  # a file is drawn, no window
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"not attended to": "#f4f4f4", "local": "#3b75af", "sparse": "#ef8636", "global": "#519d3e"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("document", type=Path, help="a text file in UTF-8")
+    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id (default: this repository)")
+    parser.add_argument("--output", type=Path, default=Path("attn.png"), help="picture to write (default: attn.png)")
+    parser.add_argument("--tokens", type=int, default=160, help="how much of the text to read (default: 160)")
+    parser.add_argument("--layer", type=int, default=-1, help="layer, from 0, or from the end (default: -1)")
+    parser.add_argument("--head", type=int, default=0, help="attention head, from 0 (default: 0)")
+    # Small blocks by default: the pattern of 128-token blocks would need a larger picture.
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per block (default: 16)")
+    parser.add_argument("--sparse-block-size", type=int, default=16, help="sparse tokens per side (default: 16)")
+    parser.add_argument("--sparsity-factor", type=int, default=4, help="tokens per sparse token (default: 4)")
+    parser.add_argument("--sparsity-type", default="norm", help="selection of the sparse tokens (default: norm)")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def attention_map(args: argparse.Namespace, text: str) -> tuple[Tensor, int]:
+    """One head's effective map (globals + tokens, globals + tokens), and the number of globals."""
+    pattern = {name: getattr(args, name) for name in ("block_size", "sparse_block_size", "sparsity_factor")}
+    model = AutoModelForMaskedLM.from_pretrained(
+        args.model, trust_remote_code=True, sparsity_type=args.sparsity_type, **pattern
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=args.tokens)
+    maps = model(**inputs, output_attentions=True).attentions
+    return maps[args.layer][0, args.head], model.config.num_global_tokens
+
+
+def kinds_of_keys(weights: Tensor, num_globals: int, block_size: int) -> Tensor:
+    """Index into `KINDS` for every pair (query, key) of a map: how the query attended to the key."""
+    token = torch.arange(len(weights)) - num_globals  # below 0: a global token
+    block = token.div(block_size, rounding_mode="floor")
+    is_local = (block[:, None] - block[None]).abs() <= 1
+    is_global = (token[:, None] < 0) | (token[None] < 0)
+    names = list(KINDS)
+    kinds = torch.where(is_local, names.index("local"), names.index("sparse"))
+    kinds = torch.where(is_global, names.index("global"), kinds)
+    return torch.where(weights > 0, kinds, names.index("not attended to"))
+
+
+def draw(weights: Tensor, kinds: Tensor, title: str, output: Path) -> None:
+    """Write the two pictures, side by side, into one file."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 5.8), layout="constrained")
+    left.imshow(kinds.numpy(), cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1, interpolation="nearest")
+    left.set_title("Which keys a query attends to")
+    left.legend(handles=[Patch(color=color, label=name) for name, color in KINDS.items()], loc="upper right")
+    image = right.imshow(weights.clamp(min=1e-6).numpy(), cmap="magma", norm=LogNorm(1e-6, 1), interpolation="nearest")
+    right.set_title(title)
+    figure.colorbar(image, ax=right, label="effective attention weight")
+    for axes in (left, right):
+        axes.set_xlabel("key token")
+        axes.set_ylabel("query token")
+    figure.savefig(output, dpi=100)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        text = args.document.read_text(encoding="utf-8")
+        weights, num_globals = attention_map(args, text)
+    except (OSError, ValueError, IndexError) as error:
+        print(f"plot_attention: {error}", file=sys.stderr)
+        return 1
+    kinds = kinds_of_keys(weights, num_globals, args.block_size)
+    title = f'Effective attention map, layer {args.layer}, head {args.head}, "{args.sparsity_type}"'
+    draw(weights, kinds, title, args.output)
+    print(f"{args.output}: {len(weights) - num_globals} tokens, {num_globals} global")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Repositories like the root's with small random models, what transformers logged, and code run in a new process."""
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("configuration_lsg_albert.py", "lsg_attention.py", "lsg_sparsity.py", "modeling_lsg_albert.py")
+TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+
+# Without a terminal a question of "run remote code?" fails, and so does whatever reaches for the network.
+_NEW_PROCESS = """
+import socket, sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise AssertionError(f"reached for the network: {event} {args}")
+sys.addaudithook(refuse)
+"""
+
+
+def write_repository(folder: Path, model: PreTrainedModel) -> Path:
+    """A repository like the root's: its Python files and tokenizer, and the configuration and weights of `model`."""
+    model.save_pretrained(folder)
+    for name in CODE + TOKENIZER:
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@contextlib.contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """The warnings and errors that transformers and our code log meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    # The logger of transformers does not propagate; those of our modules do.
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def run_in_new_process(code: str, *args: object, cwd: Path, modules_cache: Path) -> subprocess.CompletedProcess:
+    """Run Python code offline in a process that knows neither this checkout nor this one's copies of the code."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules_cache), "PYTHONSAFEPATH": "1"}
+    env.pop("PYTHONPATH", None)
+    return subprocess.run(
+        [sys.executable, "-c", _NEW_PROCESS + code, *map(str, args)],
+        cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip

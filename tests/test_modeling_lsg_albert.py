@@ -1,0 +1,534 @@
+"""The encoder and its heads: equal to ALBERT where they must be, to the oracle everywhere."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import lsg_albert
+from conftest import TINY
+from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
+from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.modeling_lsg_albert import select_states
+from oracle import oracle_encoder
+
+TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
+HEADS = [
+    "Model",
+    "ForPreTraining",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+]
+
+
+def random_inputs(batch=2, length=45, vocab_size=TINY["vocab_size"], generator=None):
+    input_ids = torch.randint(5, vocab_size, (batch, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[-1, length - length // 3 :] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def labels_for(head, batch=2, length=45):
+    """The label arguments of a head."""
+    if head == "ForPreTraining":
+        return {"labels": torch.randint(0, 120, (batch, length)), "sentence_order_label": torch.tensor([0, 1])}
+    if head == "ForQuestionAnswering":
+        return {"start_positions": torch.tensor([1, 500]), "end_positions": torch.tensor([3, -7])}
+    if head in ("ForMaskedLM", "ForTokenClassification"):
+        labels = torch.randint(0, 3, (batch, length))
+        labels[:, 1::4] = -100
+        return {"labels": labels}
+    return {} if head == "Model" else {"labels": torch.tensor([0, 1])}
+
+
+def albert_and_lsg(head, **fields):
+    """transformers' own ALBERT with random weights, and its conversion with the first token masked."""
+    sizes = {name: value for name, value in TINY.items() if "block" not in name}
+    num_labels = 2 if head == "ForQuestionAnswering" else 3
+    albert_config = transformers.AlbertConfig(**sizes, num_labels=num_labels)
+    albert = getattr(transformers, "Albert" + head)(albert_config).eval()
+    config = LSGAlbertConfig(
+        **{**TINY, "num_labels": num_labels, "block_size": 32, "mask_first_token": True, **fields}
+    )
+    lsg = getattr(lsg_albert, "LSGAlbert" + head)(config).eval()
+    converted = convert_state_dict(albert.state_dict(), max_length=176, bos_token_id=2, mask_token_id=4, stride=1)
+    lsg.load_state_dict(converted)
+    return albert, lsg
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 63, 64])
+@pytest.mark.parametrize("head", HEADS)
+def test_short_texts_give_the_outputs_of_albert(head, length):
+    albert, lsg = albert_and_lsg(head)
+    inputs = random_inputs(length=length)
+    inputs["input_ids"][:, 0] = 2  # [CLS], of which the global token is made
+    inputs["token_type_ids"] = torch.arange(length).expand(2, -1) // 20 % 2
+    inputs["token_type_ids"][:, 0] = 0
+    if head == "ForMultipleChoice":
+        inputs = {name: tensor[:, None].repeat(1, 3, 1) for name, tensor in inputs.items()}
+    labels = labels_for(head, length=length)
+    if head == "ForPreTraining":  # ALBERT's loss is for two orders only, whatever its number of labels
+        labels.pop("sentence_order_label")
+    with torch.no_grad():
+        expected, actual = albert(**inputs, **labels), lsg(**inputs, **labels)
+    compared = [name for name in expected.keys() if name in actual.keys()]
+    assert len(compared) >= (2 if labels and head != "ForPreTraining" else 1)
+    real = inputs["attention_mask"].bool()
+    for name in compared:
+        if name == "loss" and head == "ForQuestionAnswering":
+            continue  # it reads masked positions, whose outputs mean nothing
+        if expected[name].shape[:2] == real.shape and real.ndim == 2 and head != "ForSequenceClassification":
+            expected[name], actual[name] = expected[name][real], actual[name][real]
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_of_pretraining_is_the_sum_of_both(tiny_config):
+    model = lsg_albert.LSGAlbertForPreTraining(tiny_config()).eval()
+    inputs, labels = random_inputs(), labels_for("ForPreTraining")
+    output = model(**inputs, **labels)
+    expected = F.cross_entropy(output.prediction_logits.flatten(0, 1), labels["labels"].flatten())
+    expected = expected + F.cross_entropy(output.sop_logits, labels["sentence_order_label"])
+    torch.testing.assert_close(output.loss, expected)
+    assert model(**inputs, labels=labels["labels"]).loss is None
+
+
+@st.composite
+def encoders(draw):
+    """A small encoder in float64 and inputs for it."""
+    block = draw(st.sampled_from([2, 4, 6]))
+    factor = draw(st.sampled_from([f for f in range(1, block + 1) if block % f == 0]))
+    mask_first = draw(st.booleans())
+    groups = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (3, 2, 1), (2, 2, 2)]))
+    fields = {
+        "block_size": block,
+        "sparse_block_size": draw(st.sampled_from([0, block // 2, block, 2 * block, 2 * block + 1])),
+        "sparsity_factor": draw(st.sampled_from([0, factor])),
+        "sparsity_type": draw(st.sampled_from(TYPES)),
+        "num_global_tokens": draw(st.integers(1, 3)),
+        "mask_first_token": mask_first,
+        "pool_with_global": mask_first or draw(st.booleans()),
+        "lsh_num_pre_rounds": draw(st.integers(0, 2)),
+        "num_hidden_layers": groups[0],
+        "num_hidden_groups": groups[1],
+        "inner_group_num": groups[2],
+        "hidden_size": 8,
+        "num_attention_heads": draw(st.sampled_from([1, 2])),
+        "intermediate_size": 8,
+        "embedding_size": 4,
+    }
+    try:
+        config = LSGAlbertConfig(**{**TINY, **fields})
+    except ValueError:
+        assume(False)
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    model = LSGAlbertModel(config).double().eval()
+    batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 7 * block))
+    attention_mask = (torch.rand(batch, length) < draw(st.sampled_from([0.0, 0.7, 1.0]))).long()
+    return model, torch.randint(5, 120, (batch, length)), attention_mask
+
+
+def oracle_outputs(model, **inputs):
+    projections = [[p.double() for p in call] for call in model.encoder.hash_projections()]
+    state_dict = dict(model.named_parameters())
+    return oracle_encoder(state_dict, model.config, projections_per_layer=projections, **inputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(encoders())
+def test_every_output_is_the_oracles(case):
+    model, input_ids, attention_mask = case
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    with torch.no_grad():
+        expected = oracle_outputs(model, **inputs)
+        actual = model(**inputs, output_attentions=True, output_hidden_states=True)
+    length = input_ids.shape[1]
+    for name in ("last_hidden_state", "pooler_output", "global_hidden_states"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-9)
+    assert len(actual.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(actual.attentions) == model.config.num_hidden_layers * model.config.inner_group_num
+    for ours, theirs in zip(actual.hidden_states, expected["hidden_states"], strict=True):
+        assert ours.shape == (*input_ids.shape, model.config.hidden_size)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    size = model.config.num_global_tokens + length
+    for ours, theirs in zip(actual.attentions, expected["attentions"], strict=True):
+        assert ours.shape == (len(input_ids), model.config.num_attention_heads, size, size)
+        torch.testing.assert_close(ours, theirs[..., :size, :size], rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(encoders())
+def test_gradients_of_all_parameters_are_the_oracles(case):
+    model, input_ids, attention_mask = case
+    parameters = dict(model.named_parameters())
+    cotangent = torch.randn(*input_ids.shape, model.config.hidden_size, dtype=torch.float64)
+
+    def gradients(last_hidden_state):
+        return torch.autograd.grad((last_hidden_state * cotangent).sum(), parameters.values(), allow_unused=True)
+
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    ours = gradients(model(**inputs).last_hidden_state)
+    expected = gradients(oracle_outputs(model, **inputs)["last_hidden_state"])
+    for name, gradient, expected_gradient in zip(parameters, ours, expected, strict=True):
+        zero = torch.zeros_like(parameters[name])
+        gradient, expected_gradient = (zero if g is None else g for g in (gradient, expected_gradient))
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_right_padding_changes_no_real_token(tiny_config, sparsity_type, factor):
+    config = tiny_config(sparsity_type=sparsity_type, sparsity_factor=factor, num_global_tokens=2)
+    model = LSGAlbertForMaskedLM(config).eval()
+    for length in (1, 7, 16, 17, 24, 45):
+        text = torch.randint(5, 120, (1, length))
+        alone = model(text).logits
+        for padded_length in (length + 1, 16, 17, 48, 88, 131):
+            if padded_length < length:
+                continue
+            input_ids = torch.randint(5, 120, (2, padded_length))  # a longer document beside it
+            input_ids[0] = 0
+            input_ids[0, :length] = text
+            attention_mask = torch.ones(2, padded_length)
+            attention_mask[0, length:] = 0
+            padded = model(input_ids, attention_mask).logits[:1, :length]
+            torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_rows_of_a_batch_do_not_meet(tiny_config, sparsity_type):
+    model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type)).eval()
+    inputs = random_inputs(3, 61)
+    together = model(**inputs).last_hidden_state
+    for row in range(3):
+        alone = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).last_hidden_state
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_eager_and_sdpa_agree_and_switch_at_run_time(tiny_config, sparsity_type):
+    model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type)).eval()
+    assert model.config._attn_implementation == "sdpa"
+    inputs = random_inputs()
+    expected = model(**inputs).last_hidden_state
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected)
+    with pytest.raises(ValueError, match='"flash_attention_2".*"sdpa".*"eager"'):
+        model.set_attn_implementation("flash_attention_2")
+
+
+def test_nothing_that_was_passed_in_is_modified(tiny_config):
+    for head in HEADS:
+        model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(mask_first_token=True, num_labels=2)).train()
+        before_config = model.config.to_dict()
+        inputs = {**random_inputs(), **labels_for(head), "position_ids": torch.arange(45)[None]}
+        if head == "ForTokenClassification":
+            inputs["labels"] = inputs["labels"].clamp(max=1)
+        if head == "ForMultipleChoice":
+            inputs = {n: x[:, None].repeat(1, 2, 1) if x.ndim == 2 else x for n, x in inputs.items()}
+            inputs["position_ids"] = inputs["position_ids"].repeat(2, 1, 1)
+        before = {name: tensor.clone() for name, tensor in inputs.items()}
+        output = model(**inputs, output_attentions=True, output_hidden_states=True)
+        if "loss" in output:
+            output.loss.backward()
+        assert all(torch.equal(inputs[name], before[name]) for name in inputs), head
+        assert model.config.to_dict() == before_config, head
+
+
+@pytest.mark.parametrize("mask", ["bool", "int", "float"])
+def test_masks_of_any_dtype_mean_the_same(tiny_config, mask):
+    model = LSGAlbertModel(tiny_config()).eval()
+    inputs = random_inputs()
+    expected = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].to({"bool": torch.bool, "int": torch.int32, "float": torch.float32}[mask])
+    assert torch.equal(model(inputs["input_ids"], mask).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_a_row_without_real_tokens_stays_finite(tiny_config, sparsity_type):
+    model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type, mask_first_token=True))
+    inputs = random_inputs()
+    inputs["attention_mask"][1] = 0
+    output = model(**inputs)
+    output.last_hidden_state.square().sum().backward()
+    assert torch.isfinite(output.last_hidden_state).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_inputs_embeds_and_positions_stand_for_ids(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    inputs = random_inputs()
+    expected = model(**inputs).last_hidden_state
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    by_embeds = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert torch.equal(by_embeds.last_hidden_state, expected)
+    positions = torch.arange(45)[None]
+    for position_ids in (positions, positions.repeat(2, 1)):
+        assert torch.equal(model(**inputs, position_ids=position_ids).last_hidden_state, expected)
+    assert not torch.equal(model(**inputs, position_ids=positions + 1).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "exactly one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": torch.ones(1, 4).long(), "inputs_embeds": torch.ones(1, 4, 16)}, "exactly one"),
+        ({"input_ids": torch.ones(4).long()}, r"`input_ids` must have the shape \(batch, length\), got \(4,\)"),
+        ({"inputs_embeds": torch.ones(1, 4, 32)}, r"`embedding_size` \(16\)"),
+        ({"input_ids": torch.ones(1, 0).long()}, "length 0"),
+        ({"input_ids": torch.ones(1, 177).long()}, "177 tokens.*`max_position_embeddings` is 176.*convert"),
+        ({"input_ids": torch.ones(2, 9).long(), "attention_mask": torch.ones(2, 1, 9)}, r"got the shape \(2, 1, 9\)"),
+        ({"input_ids": torch.ones(2, 9).long(), "attention_mask": torch.ones(9)}, "`attention_mask`"),
+        ({"input_ids": torch.ones(1, 4).long(), "head_mask": torch.ones(2, 4)}, "`head_mask` is not supported"),
+    ],
+)
+def test_wrong_inputs_are_named(tiny_config, call, message):
+    with pytest.raises(ValueError, match=message):
+        LSGAlbertModel(tiny_config())(**call)
+
+
+def test_without_adaptive_a_bad_length_is_an_error_and_a_good_one_is_not(tiny_config):
+    model = LSGAlbertModel(tiny_config(adaptive=False)).eval()
+    adaptive = LSGAlbertModel(tiny_config()).eval()
+    adaptive.load_state_dict(model.state_dict())
+    for length in (1, 13, 16, 24, 88):
+        ids = torch.randint(5, 120, (1, length))
+        assert torch.equal(model(ids).last_hidden_state, adaptive(ids).last_hidden_state)
+    with pytest.raises(ValueError, match=r"length 45 .*`block_size` \(8\).*adaptive=True"):
+        model(torch.ones(1, 45).long())
+
+
+def test_hidden_act_that_does_not_exist_is_named(tiny_config):
+    with pytest.raises(ValueError, match="`hidden_act` 'gelu_nev' is unknown.*'gelu_new'"):
+        LSGAlbertModel(tiny_config(hidden_act="gelu_nev"))
+
+
+def test_fields_set_after_construction_are_checked_by_the_model(tiny_config):
+    config = tiny_config()
+    config.sparsity_factor = 3
+    with pytest.raises(ValueError, match=r"`block_size` \(8\) must be divisible by `sparsity_factor` \(3\)"):
+        LSGAlbertModel(config)
+
+
+@pytest.mark.parametrize("problem", ["single", "multi", "regression", "regression2"])
+def test_losses_of_sequence_classification(tiny_config, problem):
+    num_labels = {"single": 3, "multi": 3, "regression": 1, "regression2": 2}[problem]
+    problem_type = "regression" if problem == "regression2" else None
+    config = tiny_config(num_labels=num_labels, problem_type=problem_type, classifier_dropout_prob=0.0)
+    model = lsg_albert.LSGAlbertForSequenceClassification(config)
+    labels = {
+        "single": torch.tensor([2, 0]),
+        "multi": torch.tensor([[1.0, 0, 1], [0, 0, 1]]),
+        "regression": torch.tensor([0.3, -2]),
+        "regression2": torch.tensor([[0.3, -2], [1, 0]]),
+    }[problem]
+    output = model(**random_inputs(), labels=labels)
+    expected = {
+        "single": lambda x: F.cross_entropy(x, labels),
+        "multi": lambda x: F.binary_cross_entropy_with_logits(x, labels),
+        "regression": lambda x: F.mse_loss(x[:, 0], labels),
+        "regression2": lambda x: F.mse_loss(x, labels),
+    }[problem](output.logits)
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_tuples_hold_what_the_outputs_hold(tiny_config, head):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(num_labels=2)).eval()
+    inputs = random_inputs()
+    if head == "ForMultipleChoice":
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
+    by_name = model(**inputs, output_hidden_states=True)
+    by_place = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert isinstance(by_place, tuple)
+    for one, other in zip(by_place, by_name.to_tuple(), strict=True):
+        torch.testing.assert_close(one, other)
+    model.config.return_dict = False
+    assert isinstance(model(**inputs), tuple)
+
+
+def test_select_states_takes_indices():
+    states = [torch.tensor(i) for i in range(4)]
+    assert select_states(states, None) is None and select_states(states, False) is None
+    assert select_states(states, True) == tuple(states)
+    assert select_states(states, 0) == (states[0], None, None, None)
+    assert select_states(states, [1, -1, 9]) == (None, states[1], None, states[3])
+
+
+def test_feed_forward_in_chunks_changes_nothing(tiny_config):
+    whole = LSGAlbertModel(tiny_config()).eval()
+    chunked = LSGAlbertModel(tiny_config(chunk_size_feed_forward=5)).eval()
+    chunked.load_state_dict(whole.state_dict())
+    inputs = random_inputs()
+    torch.testing.assert_close(chunked(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, sparsity_type, use_reentrant):
+    model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type, lsh_seed=None)).train()
+    inputs, labels = random_inputs(), labels_for("ForMaskedLM")
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(**inputs, **labels).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert model.is_gradient_checkpointing
+    calls = []
+    layer = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    layer.attention.register_forward_hook(lambda *_: calls.append(1))
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert len(calls) == 2 * model.config.num_hidden_layers, "the layers were not computed again"
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_no_more_than_alberts(sparsity_type, dtype):
+    albert, lsg = albert_and_lsg("Model", sparsity_type=sparsity_type, block_size=8)
+    inputs = random_inputs(length=61)
+    exact_albert, exact = albert(**inputs).last_hidden_state, lsg(**inputs).last_hidden_state
+    low_albert = albert.to(dtype)(**inputs).last_hidden_state
+    low = lsg.to(dtype)(**inputs).last_hidden_state
+    assert low.dtype == dtype
+    # In the mean: a single token may move further where rounding changes which keys are selected.
+    allowed = 2 * (low_albert.float() - exact_albert).abs().mean()
+    assert (low.float() - exact).abs().mean() <= allowed
+
+
+@pytest.mark.parametrize("new_size", [100, 130])
+def test_resized_embeddings_stay_tied(tiny_config, new_size, tmp_path):
+    model = LSGAlbertForMaskedLM(tiny_config()).eval()
+    ids = torch.randint(5, 90, (1, 30))
+    before = model(ids).logits
+    model.resize_token_embeddings(new_size)
+    words, head = model.get_input_embeddings(), model.predictions
+    assert model.config.vocab_size == words.num_embeddings == len(head.decoder.weight) == len(head.bias) == new_size
+    assert head.decoder.weight is words.weight and head.decoder.bias is head.bias
+    kept = min(new_size, 120)
+    torch.testing.assert_close(model(ids).logits[..., :kept], before[..., :kept])
+    model.save_pretrained(tmp_path)
+    again = LSGAlbertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert again.predictions.decoder.weight is again.get_input_embeddings().weight
+
+
+def test_untied_embeddings_are_two(tiny_config):
+    model = LSGAlbertForMaskedLM(tiny_config(tie_word_embeddings=False))
+    assert model.predictions.decoder.weight is not model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_compiles_without_graph_breaks(tiny_config, sparsity_type):
+    model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type)).eval()
+    inputs = random_inputs()
+    expected = model(**inputs).logits
+    torch._dynamo.reset()  # the limit of compilations counts those of other tests' models
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, expected)
+    model.train()
+    labels = labels_for("ForMaskedLM")
+    torch.testing.assert_close(compiled(**inputs, **labels).loss, model(**inputs, **labels).loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
+def test_compiled_by_inductor_gives_the_same_outputs_and_gradients(tiny_config, sparsity_type):
+    model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type))
+    inputs = {**random_inputs(), **labels_for("ForMaskedLM")}
+    expected = model(**inputs)
+    expected.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    actual = torch.compile(model, fullgraph=True)(**inputs)
+    actual.loss.backward()
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_lsh_is_the_same_on_every_call_and_leaves_the_random_state_alone(tiny_config):
+    model = LSGAlbertModel(tiny_config(sparsity_type="lsh")).eval()
+    inputs = random_inputs()
+    state = torch.get_rng_state()
+    first, second = model(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = LSGAlbertModel(tiny_config(sparsity_type="lsh", lsh_seed=1)).eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(other(**inputs).last_hidden_state, first)
+
+
+def test_lsh_without_a_seed_draws_anew_from_the_global_generator(tiny_config):
+    model = LSGAlbertModel(tiny_config(sparsity_type="lsh", lsh_seed=None)).eval()
+    inputs = random_inputs()
+    torch.manual_seed(3)
+    first, second = model(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(model(**inputs).last_hidden_state, first)
+
+
+def test_dropout_acts_in_training_only(tiny_config):
+    config = tiny_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    model = LSGAlbertModel(config).train()
+    inputs = random_inputs()
+    assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    model.eval()
+    assert torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+def test_position_embedding_types_without_positions_add_none(tiny_config):
+    model = LSGAlbertModel(tiny_config(position_embedding_type="relative_key")).eval()
+    ids = torch.randint(5, 120, (1, 12))
+    shifted = torch.arange(12)[None] + 5
+    assert torch.equal(model(ids).last_hidden_state, model(ids, position_ids=shifted).last_hidden_state)
+
+
+def test_long_documents_of_the_base_size_run(tiny_config):
+    config = tiny_config(block_size=128, sparse_block_size=128, max_position_embeddings=4096)
+    model = LSGAlbertForMaskedLM(config).eval()
+    with torch.no_grad():
+        output = model(torch.randint(5, 120, (1, 4001)))
+    assert output.logits.shape == (1, 4001, 120) and torch.isfinite(output.logits).all()
+
+
+@pytest.mark.parametrize("length", [12, 45])
+def test_gradients_reach_the_states_and_maps_that_are_returned(tiny_config, length):
+    model = LSGAlbertModel(tiny_config()).eval()
+    output = model(**random_inputs(length=length), output_attentions=True, output_hidden_states=True)
+    returned = [*output.hidden_states, *output.attentions]
+    for tensor in returned:
+        tensor.retain_grad()
+    output.last_hidden_state[0, 0, 0].backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in returned)
+
+
+def test_what_is_not_asked_for_is_not_kept(tiny_config):
+    model = LSGAlbertModel(tiny_config())
+    states, text_states, maps = model.encoder(torch.randn(1, 21, 16), torch.ones(1, 20, dtype=torch.bool))
+    assert not text_states and set(maps) == {None}
+    output = model(**random_inputs(), output_hidden_states=[0])
+    assert output.attentions is None and [x is None for x in output.hidden_states] == [False, True, True]
+    assert model(**random_inputs(), output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_exports_with_torch_export(tiny_config, sparsity_type):
+    model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type)).eval()
+    inputs = random_inputs()
+    exported = torch.export.export(model, (), inputs, strict=False)
+    torch.testing.assert_close(exported.module()(**inputs).logits, model(**inputs).logits)
