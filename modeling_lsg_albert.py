@@ -334,7 +334,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     def _autoset_attn_implementation(
         cls, config: LSGAlbertConfig, use_flash_attention_2: bool = False, **kwargs: Any
     ) -> LSGAlbertConfig:
-        # Only releases before 4.54 call this. For flash attention they would send the user to the model's authors.
+        # Of the releases we try only 4.44 and 4.48 call this. For flash attention they send the user to the authors.
         check_attn_implementation("flash_attention_2" if use_flash_attention_2 else config._attn_implementation)
         return super()._autoset_attn_implementation(config, **kwargs)
 
