@@ -1,0 +1,362 @@
+"""Masked-language-model training, from scratch (a plain ALBERT) or onwards from any checkpoint (LSG-ALBERT included).
+
+    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude-ids heldout.txt --tokenizer . --output runs/a \\
+        --neighbour-heads --word-vectors --init-range 0.03
+    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude-ids heldout.txt --model runs/a/final --output runs/b
+
+The held-out documents are the evaluation set. Started again with the same arguments, a killed run goes on from its
+last checkpoint with the same data in the same order. The result lies in ``OUTPUT/final``. On a busy machine
+``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads, which
+wait for each other after every operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from pretraining.corpus import CorpusError, read_ids
+from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
+from pretraining.masking import IGNORED, Masker
+from pretraining.token_cache import cut_pieces, load_tokens
+from pretraining.word_vectors import set_word_embeddings
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training or evaluation pieces: ``(file, start, end)`` in ``pieces[i]`` means ``tokens[file][start:end]``."""
+
+    tokens: list[np.ndarray]
+    pieces: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        file, start, end = self.pieces[index]
+        return np.asarray(self.tokens[file][start:end])
+
+
+class MaskedSamples(Dataset):
+    """The samples of a whole run: sample ``i`` depends on the seed and ``i`` alone, so a run can be taken up anywhere.
+
+    Every pass over the corpus has its own order and its own masks.
+    """
+
+    def __init__(self, corpus: Corpus, masker: Masker, tokenizer: PreTrainedTokenizerBase, seed: int, size: int):
+        self.corpus, self.masker, self.seed, self.size = corpus, masker, seed, size
+        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.corpus))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(input_ids, labels)``, both of shape ``(length,)`` with `[CLS]` and `[SEP]` around the piece."""
+        epoch, place = divmod(index, len(self.corpus))
+        tokens = self.corpus[self._order(epoch)[place]].astype(np.int64)
+        rng = np.random.default_rng((self.seed, 1, index))
+        chosen = self.masker.choose(tokens, rng)
+        hidden = self.masker.hide(tokens, chosen, rng)
+        labels = np.where(chosen, tokens, IGNORED)
+        return np.array([self.cls_id, *hidden, self.sep_id]), np.array([IGNORED, *labels, IGNORED])
+
+
+def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
+    """Pad to the longest sample: ids, labels and, if there is padding, attention mask, all of shape (batch, length).
+
+    A batch without padding has no mask, since attention without one is faster.
+    """
+    length = max(len(ids) for ids, _ in samples)
+    input_ids = np.full((len(samples), length), pad_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORED)
+    mask = np.zeros_like(input_ids)
+    for row, (ids, targets) in enumerate(samples):
+        input_ids[row, : len(ids)], labels[row, : len(ids)], mask[row, : len(ids)] = ids, targets, 1
+    batch = {"input_ids": input_ids, "labels": labels}
+    if not mask.all():
+        batch["attention_mask"] = mask
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def masked_lm_forward(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Loss and predictions at the chosen positions only, a seventh of the work of the large output layer.
+
+    Returns:
+        ``loss``, the mean cross-entropy; ``logits`` (chosen, vocabulary) and ``targets`` (chosen,).
+    """
+    states = model.albert(input_ids=input_ids, attention_mask=attention_mask)[0]  # (batch, length, hidden)
+    chosen = labels != IGNORED
+    logits, targets = model.predictions(states[chosen]).float(), labels[chosen]
+    return {"loss": nn.functional.cross_entropy(logits, targets), "logits": logits, "targets": targets}
+
+
+def score(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums of loss, top-1 hits, top-5 hits, and the number of targets, shape (4,)."""
+    hits = logits.topk(5).indices == targets[:, None]
+    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))]).double()
+
+
+class MaskedLMTrainer(Trainer):
+    """Trainer that takes the samples in their order and whose model computes the head at the chosen positions only."""
+
+    def __init__(self, model: PreTrainedModel, **kwargs):
+        model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
+        super().__init__(model=model, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Mean loss and top-1 and top-5 accuracy over all chosen positions of the evaluation samples."""
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine = Subset(samples, range(self.args.process_index, len(samples), self.args.world_size))
+        self.model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
+            with self.accelerator.autocast():
+                outputs = self.model(**self._prepare_inputs(batch))
+            sums += score(outputs["logits"], outputs["targets"])
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+        metrics = {"loss": loss, "top1": top1, "top5": top5, "masked_tokens": int(sums[3])}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        return metrics
+
+
+def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
+    """Training pieces (documents that are not held out) and evaluation pieces (documents that are)."""
+    held_out = read_ids(args.exclude_ids)
+    folder = args.cache or args.output / "tokens"
+    tokens, train, evaluation = [], [], []
+    for number, path in enumerate(args.corpus):
+        documents = load_tokens(path, tokenizer, folder)
+        tokens.append(documents.tokens)
+        kept = np.array([doc_id not in held_out for doc_id in documents.ids])
+        for pieces, keep in ((train, kept), (evaluation, ~kept)):
+            cuts = cut_pieces(documents, args.max_length - 2, keep)  # 2: [CLS] and [SEP]
+            pieces.append(np.insert(cuts, 0, number, axis=1))
+    return Corpus(tokens, np.concatenate(train)), Corpus(tokens, np.concatenate(evaluation))
+
+
+def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases."""
+    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    attention = {"attn_implementation": args.attention}
+    if args.model is not None:
+        return AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=True, **dropout, **attention)
+    config = AlbertConfig(
+        vocab_size=len(tokenizer),
+        embedding_size=args.embedding_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        intermediate_size=args.intermediate_size,
+        hidden_act=args.activation,
+        max_position_embeddings=max(args.positions, args.max_length),
+        initializer_range=args.init_range,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        **dropout,
+        **attention,
+    )
+    model = AlbertForMaskedLM(config)
+    if args.neighbour_heads:
+        look_at_neighbours(model)
+    return model
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none."""
+    found = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.output),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.lr,
+        lr_scheduler_type=args.schedule,
+        warmup_steps=args.warmup,
+        weight_decay=args.weight_decay,
+        adam_beta2=0.98,
+        adam_epsilon=1e-6,
+        optim="adamw_torch_fused",
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=args.log_every,
+        save_steps=args.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if args.eval_every else "no",
+        eval_steps=args.eval_every or None,
+        seed=args.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        report_to="none",
+    )
+
+
+def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
+    """Model, data and Trainer from the command line."""
+    set_seed(args.seed)
+    arguments = training_arguments(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    with arguments.main_process_first(desc="tokenizing"):
+        train, evaluation = load_corpora(args, tokenizer)
+    if not len(train) and not args.eval_only:
+        raise CorpusError("nothing to train on: every document is empty or held out")
+    masker = Masker.for_tokenizer(tokenizer, args.mask_rate, args.span_words)
+    train_size = args.steps * args.batch_size * arguments.world_size
+    eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
+    model = load_model(args, tokenizer)
+    if args.word_vectors and arguments.process_index == 0 and not last_checkpoint(args.output):
+        tokens = np.concatenate([train[index] for index in range(len(train))])
+        first = POSITION_DIMS if args.neighbour_heads else 0
+        embeddings = model.get_input_embeddings().weight[:, first:]
+        set_word_embeddings(embeddings, tokens)  # the other processes get them from this one
+    if args.compile:
+        model.albert.compile()
+    return MaskedLMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=MaskedSamples(train, masker, tokenizer, args.seed, train_size),
+        eval_dataset=MaskedSamples(evaluation, masker, tokenizer, args.eval_seed, eval_size),
+        data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they are: saved by transformers 5, they are without ``spiece.model``."""
+    for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation."""
+    trainer = build_trainer(args)
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+        trainer.save_model(str(args.output / "final"))
+        if trainer.is_world_process_zero():
+            copy_tokenizer(Path(args.tokenizer or args.model), args.output / "final")
+    metrics = trainer.evaluate() if len(trainer.eval_dataset) else {}
+    if not args.eval_only and trainer.is_world_process_zero():
+        history = {"history": trainer.state.log_history, "final": metrics}
+        (args.output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+    return metrics
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Masked-language-model training of ALBERT and LSG-ALBERT.")
+    parser.add_argument("corpus", nargs="+", type=Path, help='JSON lines (.jsonl, .jsonl.gz) with "id" and "text"')
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
+    parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
+    parser.add_argument("--model", help="checkpoint directory to go on from (its own code is run if it has any)")
+    parser.add_argument("--tokenizer", help="tokenizer directory; default: the --model directory")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; default: OUTPUT/tokens")
+    _add_training_options(parser.add_argument_group("training"))
+    _add_evaluation_options(parser.add_argument_group("evaluation"))
+    _add_size_options(parser.add_argument_group("sizes of a model from scratch (without --model)"))
+    args = parser.parse_args(argv)
+    if args.model is None and args.tokenizer is None:
+        parser.error("one of --model and --tokenizer is needed")
+    if args.model is not None and (args.word_vectors or args.neighbour_heads):
+        parser.error("--word-vectors and --neighbour-heads are for a model from scratch, not for --model")
+    if args.neighbour_heads and (
+        args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
+    ):
+        parser.error(f"--neighbour-heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
+    if args.max_length < 3 or args.steps < 1 or args.batch_size < 1:
+        parser.error("--max-length must be at least 3, --steps and --batch-size at least 1")
+    return args
+
+
+def _add_training_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-length", type=int, default=128, help="tokens of a piece, [CLS] and [SEP] included")
+    group.add_argument("--batch-size", type=int, default=64, help="pieces per step and process (see torchrun)")
+    group.add_argument("--steps", type=int, default=1000)
+    group.add_argument("--lr", type=float, default=1e-3)
+    group.add_argument("--schedule", default="linear", help="learning-rate schedule, a name that the Trainer knows")
+    group.add_argument("--warmup", type=int, default=100, help="steps")
+    group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--dropout", type=float, default=0.0)
+    group.add_argument("--mask-rate", type=float, default=0.15)
+    group.add_argument("--span-words", type=int, default=3, help="words that are masked together at most")
+    group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    group.add_argument("--attention", help="attention implementation, eager or sdpa; default: transformers' choice")
+    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    group.add_argument("--seed", type=int, default=1)
+    group.add_argument("--log-every", type=int, default=50, help="steps")
+    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+
+
+def _add_evaluation_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--eval-only", action="store_true", help="no training: evaluate --model and print the result")
+    group.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
+    group.add_argument("--eval-tokens", type=int, default=262_144, help="about so many held-out tokens are read")
+    group.add_argument("--eval-seed", type=int, default=12_345, help="fixes the held-out pieces and their masks")
+
+
+def _add_size_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--hidden-size", type=int, default=256)
+    group.add_argument("--layers", type=int, default=6)
+    group.add_argument("--heads", type=int, default=4)
+    group.add_argument("--intermediate-size", type=int, default=1024)
+    group.add_argument("--embedding-size", type=int, default=128)
+    group.add_argument("--positions", type=int, default=512, help="position embeddings")
+    group.add_argument("--word-vectors", action="store_true", help="start from counted word vectors (6 GB of memory)")
+    group.add_argument("--neighbour-heads", action="store_true", help="start with heads that look at the next token")
+    group.add_argument("--init-range", type=float, default=0.02, help="standard deviation of the first weights")
+    group.add_argument("--activation", default="gelu_pytorch_tanh", help="gelu_new's function, in one fused kernel")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        metrics = run(args)
+    except (CorpusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Masking, cutting and training, on a text written here and the vocabulary at the root."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs it; it is no dependency of the models")
+
+import numpy as np
+import torch
+from transformers import AlbertConfig, AlbertForMaskedLM, AutoTokenizer, Trainer, TrainerCallback
+
+from pretraining import pretrain_mlm
+from pretraining.initial_weights import look_at_neighbours, position_features, shift
+from pretraining.masking import IGNORED, Masker
+from pretraining.token_cache import TokenizedDocuments, cut_pieces, load_tokens, piece_starts
+from pretraining.word_vectors import cooccurrences, set_word_embeddings
+
+ROOT = Path(__file__).parents[1]
+SIZES = "--hidden-size 16 --layers 1 --heads 2 --intermediate-size 16 --embedding-size 8 --positions 64".split()
+RECIPE = "--steps 6 --batch-size 2 --max-length 16 --warmup 2 --log-every 1 --save-every 2 --dropout 0.1".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT)
+
+
+@pytest.fixture(scope="module")
+def masker(tokenizer) -> Masker:
+    return Masker.for_tokenizer(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer) -> np.ndarray:
+    """Ordinary English with words of one piece and of many."""
+    text = "The unquestionable antidisestablishmentarian walked along the river, towards Rhododendron Hall, in 1847. "
+    return np.array(tokenizer(text * 40, add_special_tokens=False)["input_ids"])
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Twelve documents, each of a word of its own; the last two are held out."""
+    words = "king queen river mountain science music letter garden winter summer house window".split()
+    rows = [{"id": word, "text": f"the {word} and a {word}\n\n" * 8} for word in words]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held_out.txt").write_text("house\nwindow\n")
+    return path
+
+
+def arguments(corpus: Path, output: Path, *options: str) -> list[str]:
+    held_out = ["--exclude-ids", str(corpus.parent / "held_out.txt"), "--eval-tokens", "64"]
+    return [str(corpus), *held_out, "--tokenizer", str(ROOT), "--output", str(output), *SIZES, *RECIPE, *options]
+
+
+def words_of(tokens: np.ndarray, masker: Masker) -> list[np.ndarray]:
+    """The positions of every word."""
+    return np.split(np.arange(len(tokens)), np.flatnonzero(masker.starts_word[tokens])[1:])
+
+
+# --- masking
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 126, 600])
+def test_chosen_tokens_are_at_most_the_rate(masker, tokens, length):
+    chosen = masker.choose(tokens[:length], np.random.default_rng(0))
+    assert 1 <= chosen.sum() <= max(1, round(0.15 * length))
+    if length > 100:
+        assert chosen.sum() >= 0.15 * length - 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_words_are_chosen_whole(masker, tokens, seed):
+    chosen = masker.choose(tokens, np.random.default_rng(seed))
+    assert {len(set(chosen[word])) for word in words_of(tokens, masker)} == {1}
+
+
+def test_spans_have_up_to_three_words(masker, tokens):
+    """Words side by side are chosen far more often than by chance, as spans of two and three words."""
+    words = words_of(tokens, masker)
+    pairs = both = single = 0
+    for seed in range(50):
+        chosen = masker.choose(tokens, np.random.default_rng(seed))
+        flags = [chosen[word[0]] for word in words]
+        single += sum(flags)
+        both += sum(first and second for first, second in zip(flags, flags[1:], strict=False))
+        pairs += len(flags) - 1
+    assert both / pairs > 2 * (single / pairs) ** 2
+
+
+def test_hidden_tokens_are_80_10_10(masker, tokens):
+    many = np.resize(tokens, 100_000)
+    chosen = np.random.default_rng(1).random(len(many)) < 0.5
+    before = many.copy()
+    hidden = masker.hide(many, chosen, np.random.default_rng(0))
+    assert (hidden[~chosen] == many[~chosen]).all()
+    assert (many == before).all()
+    masked, kept = hidden[chosen] == masker.mask_id, hidden[chosen] == many[chosen]
+    assert masked.mean() == pytest.approx(0.8, abs=0.01)
+    assert kept.mean() == pytest.approx(0.1, abs=0.01)
+    assert hidden[chosen][~masked].min() >= 5  # no special token as a replacement
+
+
+# --- documents and pieces
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 11, 20, 21, 99, 100])
+def test_pieces_cover_a_document(length):
+    starts = piece_starts(length, 10)
+    covered = np.zeros(length, dtype=bool)
+    for start in starts:
+        covered[start : start + 10] = True
+    assert covered.all()
+    assert len(starts) == -(-length // 10)
+    assert starts[-1] == max(length - 10, 0)
+
+
+def test_pieces_never_cross_documents():
+    offsets = np.array([0, 7, 7, 40, 63])
+    documents = TokenizedDocuments(np.arange(63), offsets, list("abcd"))
+    pieces = cut_pieces(documents, 10, [True, True, False, True])
+    assert [tuple(piece) for piece in pieces] == [(0, 7), (40, 50), (46, 56), (53, 63)]
+
+
+def test_cache_gives_the_tokens_of_the_documents(corpus, tokenizer, tmp_path):
+    first, again = (load_tokens(corpus, tokenizer, tmp_path / "cache") for _ in range(2))
+    assert first.tokens.dtype == again.tokens.dtype == np.uint16
+    assert (first.tokens == again.tokens).all() and (first.offsets == again.offsets).all() and first.ids == again.ids
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    for row, begin, end in zip(rows, again.offsets, again.offsets[1:], strict=False):
+        assert list(again.tokens[begin:end]) == tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+
+
+def test_samples_come_from_one_document_and_every_pass_reads_all(corpus, tokenizer, tmp_path):
+    args = pretrain_mlm.parse_args(arguments(corpus, tmp_path / "out"))
+    train, evaluation = pretrain_mlm.load_corpora(args, tokenizer)
+    names = {tokenizer.convert_tokens_to_ids(f"▁{path}") for path in "king queen river mountain".split()}
+    samples = pretrain_mlm.MaskedSamples(train, Masker.for_tokenizer(tokenizer), tokenizer, 1, 3 * len(train))
+    passes = []
+    for index in range(len(samples)):
+        ids, labels = samples[index]
+        text = np.where(labels == IGNORED, ids, labels)
+        assert text[0] == 2 and text[-1] == 3 and len(text) <= 16 and labels[0] == labels[-1] == IGNORED
+        assert len(names & set(text)) <= 1
+        assert (samples[index][0] == ids).all()
+        passes.append(tuple(text))
+    size = len(train)
+    assert sorted(passes[:size]) == sorted(passes[size : 2 * size])
+    assert passes[:size] != passes[size : 2 * size]
+    held_out = {tokenizer.convert_tokens_to_ids("▁house"), tokenizer.convert_tokens_to_ids("▁window")}
+    assert all(held_out & set(evaluation[index]) for index in range(len(evaluation)))
+    assert not any(held_out & set(train[index]) for index in range(len(train)))
+
+
+def test_collate_masks_padding_only():
+    rows = [
+        (np.array([2, 7, 8, 3]), np.array([-100, 7, -100, -100])),
+        (np.array([2, 9, 3]), np.array([-100, 9, -100])),
+    ]
+    batch = pretrain_mlm.collate(rows, pad_id=0)
+    assert batch["input_ids"].tolist() == [[2, 7, 8, 3], [2, 9, 3, 0]]
+    assert batch["labels"].tolist() == [[-100, 7, -100, -100], [-100, 9, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert "attention_mask" not in pretrain_mlm.collate(rows[:1], pad_id=0)
+
+
+def test_word_vectors_bring_words_of_like_surroundings_together():
+    """Two languages that share no word: vectors of one are nearer to each other than to the other's."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(low, low + 5, size=2000) for low in (5, 10)]
+    embeddings = 0.02 * torch.randn(16, 8)
+    before = embeddings.clone()
+    set_word_embeddings(embeddings, np.concatenate(texts), window=2)
+    unseen = [0, 1, 2, 3, 4, 15]
+    assert torch.equal(embeddings[unseen], before[unseen])
+    assert embeddings.std().item() == pytest.approx(before.std().item(), rel=0.2)
+    products = torch.nn.functional.normalize(embeddings, dim=1) @ torch.nn.functional.normalize(embeddings, dim=1).T
+    assert products[5:10, 5:10].min() > 0.5 and products[5:10, 10:15].max() < 0
+
+
+def test_counts_weigh_pairs_by_distance():
+    counts = cooccurrences([np.array([0, 1, 2]), np.array([2, 2])], vocab_size=3, window=2)
+    assert counts.tolist() == [[0, 1, 0.5], [1, 0, 1], [0.5, 1, 2]]
+
+
+# --- training
+
+
+training = pytest.mark.skipif(
+    "processing_class" not in inspect.signature(Trainer.__init__).parameters,
+    reason="the training script needs transformers 4.46 or newer",
+)
+
+
+class Kill(TrainerCallback):
+    """Ends the run in the middle, between two checkpoints."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "history.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@training
+def test_killed_and_resumed_run_equals_an_unbroken_one(corpus, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = pretrain_mlm.run(pretrain_mlm.parse_args(arguments(corpus, whole)))
+    args = pretrain_mlm.parse_args(arguments(corpus, broken))
+    trainer = pretrain_mlm.build_trainer(args)
+    trainer.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (broken / "checkpoint-5").mkdir()  # as a kill in the middle of saving leaves it
+    assert pretrain_mlm.last_checkpoint(broken) == str(broken / "checkpoint-4")
+    assert pretrain_mlm.run(args) == expected
+    assert len(losses(whole)) == 6 and losses(broken) == losses(whole)
+    weights = [AlbertForMaskedLM.from_pretrained(output / "final").state_dict() for output in (whole, broken)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@training
+def test_loss_is_that_of_the_model_itself(corpus, tokenizer, tmp_path):
+    trainer = pretrain_mlm.build_trainer(pretrain_mlm.parse_args(arguments(corpus, tmp_path, "--dropout", "0")))
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    trained = trainer.model(**batch)["loss"]
+    assert torch.allclose(trained, AlbertForMaskedLM.forward(trainer.model, **batch).loss)
+
+
+def test_positions_are_shifted_by_a_rotation():
+    features = position_features(50)
+    torch.testing.assert_close(features[:-3] @ shift(3).T, features[3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift(-3), shift(3).T)
+    assert features.square().mean().sqrt().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_first_heads_look_at_the_neighbours():
+    """Before any training the first layer's first head looks at the token before, the second at the one after."""
+    config = AlbertConfig(vocab_size=200, hidden_size=256, num_attention_heads=4, num_hidden_layers=1)
+    config._attn_implementation = "eager"
+    model = AlbertForMaskedLM(config).eval()
+    look_at_neighbours(model)
+    ids = torch.randint(5, 200, (2, 300), generator=torch.Generator().manual_seed(0))
+    before, after, around, free = model.albert(input_ids=ids, output_attentions=True).attentions[0].mean(0)
+    assert before.diagonal(-1).mean() > 0.5 and after.diagonal(1).mean() > 0.5
+    assert sum(around.diagonal(distance).mean() for distance in range(-5, 6)) > 0.5
+    assert free.max() < 0.05
+
+
+@training
+def test_training_lowers_the_loss(corpus, tmp_path):
+    pretrain_mlm.run(pretrain_mlm.parse_args(arguments(corpus, tmp_path, "--steps", "60", "--lr", "0.01")))
+    assert np.mean(losses(tmp_path)[-5:]) < np.mean(losses(tmp_path)[:5]) - 2
+
+
+@training
+def test_goes_on_from_a_checkpoint_with_longer_text(corpus, tmp_path, capsys):
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "a")) == 0
+    final = str(tmp_path / "a" / "final")
+    options = ["--model", final, "--max-length", "32", "--steps", "1"]
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "b", *options)) == 0
+    capsys.readouterr()
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "b", "--model", final, "--eval-only")) == 0
+    metrics = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert 0 <= metrics["eval_top1"] <= metrics["eval_top5"] <= 1 and metrics["eval_loss"] > 0
+    assert AutoTokenizer.from_pretrained(final).mask_token_id == 4
+    assert (tmp_path / "b" / "final" / "spiece.model").read_bytes() == (ROOT / "spiece.model").read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, "", "no json\n", '{"id": "house", "text": "held out"}\n'])
+def test_bad_corpora_are_reported_in_one_line(corpus, tmp_path, capsys, content):
+    corpus.unlink()
+    if content is not None:
+        corpus.write_text(content)
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "out")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
