@@ -2,9 +2,10 @@
 
 Source: Condevaux and Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long sequences",
 arXiv 2210.15497, section 4, and the conversion script published with it.
-"""
 
-from typing import Optional
+Here are the tensors alone; `checkpoint_conversion` converts files. In a clone, `python convert_albert_to_lsg.py` is
+the command `lsg-albert convert`.
+"""
 
 import torch
 from torch import Tensor
@@ -21,20 +22,25 @@ def convert_state_dict(
     *,
     max_length: int,
     bos_token_id: int,
-    mask_token_id: int,
+    mask_token_id: int | None,
     stride: int = 64,
     use_token_type: bool = True,
     random_globals: bool = False,
+    keep_globals: bool = False,
+    keep_first_global: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Weights of an LSG-ALBERT made from those of an ALBERT, of any head or none.
+    """Weights of an LSG-ALBERT made from those of an ALBERT, of any head or none, or of another LSG-ALBERT.
 
     Args:
         state_dict: ALBERT's weights. Neither the dictionary nor a tensor in it is changed.
         max_length: positions of the result; the source's positions are repeated in order, or cut off.
         bos_token_id: id of the token that opens a text; with its embedding global token 0 is made.
-        mask_token_id: id of the mask token; with its embedding the other global tokens are made.
+        mask_token_id: id of the mask token; with its embedding the other global tokens are made. `random_globals`
+            needs none.
         stride, use_token_type, random_globals, seed: see `make_global_table`.
+        keep_globals: leave the table of global tokens of an LSG-ALBERT as it is.
+        keep_first_global: leave only the first row of that table as it is.
 
     Returns:
         All tensors of the source but the position table unchanged, and the table of global tokens.
@@ -44,13 +50,24 @@ def convert_state_dict(
     """
     prefix = embeddings_prefix(state_dict)
     words, positions = state_dict[prefix + WORD_TABLE], state_dict[prefix + POSITION_TABLE]
-    for name, token_id in (("bos_token_id", bos_token_id), ("mask_token_id", mask_token_id)):
-        if not 0 <= token_id < len(words):
-            raise ValueError(f"`{name}` must be an id of the vocabulary, from 0 to {len(words) - 1}, got {token_id}.")
-    token_type = state_dict[prefix + TOKEN_TYPE_TABLE][0] if use_token_type else None
-    global_table = make_global_table(
-        words, positions, token_type, bos_token_id, mask_token_id, stride, random_globals, seed
-    )
+    old_table = state_dict.get(prefix + GLOBAL_TABLE)
+    if old_table is None and (keep_globals or keep_first_global):
+        raise ValueError(f"There are no global tokens to keep: `state_dict` has no {prefix + GLOBAL_TABLE!r}.")
+    if keep_globals:
+        global_table = old_table
+    else:
+        used_ids = {"bos_token_id": bos_token_id} | ({} if random_globals else {"mask_token_id": mask_token_id})
+        for name, token_id in used_ids.items():
+            if token_id is None or not 0 <= token_id < len(words):
+                raise ValueError(
+                    f"`{name}` must be an id of the vocabulary, from 0 to {len(words) - 1}, got {token_id}."
+                )
+        token_type = state_dict[prefix + TOKEN_TYPE_TABLE][0] if use_token_type else None
+        global_table = make_global_table(
+            words, positions, token_type, bos_token_id, mask_token_id, stride, random_globals, seed
+        )
+        if keep_first_global:
+            global_table[0] = old_table[0]
     return {
         **state_dict,
         prefix + GLOBAL_TABLE: global_table,
@@ -79,9 +96,9 @@ def repeat_positions(positions: Tensor, max_length: int) -> Tensor:
 def make_global_table(
     words: Tensor,
     positions: Tensor,
-    token_type: Optional[Tensor],
+    token_type: Tensor | None,
     bos_token_id: int,
-    mask_token_id: int,
+    mask_token_id: int | None,
     stride: int = 64,
     random_globals: bool = False,
     seed: int = 0,
@@ -148,3 +165,22 @@ def draw_words(words: Tensor, generator: torch.Generator) -> Tensor:
     variances, axes = torch.linalg.eigh(words.T.cov())
     noise = torch.randn(NUM_GLOBALS, words.shape[1], generator=generator, dtype=words.dtype)
     return words.mean(0) + (noise * variances.clamp(min=0).sqrt()) @ axes.T
+
+
+def _run_in_clone() -> int:
+    """The command line, with the modules beside this file as the package that they would be if they were installed."""
+    import importlib.util
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location(
+        "lsg_albert", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    sys.modules["lsg_albert"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["lsg_albert"])
+    return importlib.import_module("lsg_albert.__main__").main(["convert", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(_run_in_clone())

@@ -68,7 +68,9 @@ def kinds_of_keys(weights: Tensor, num_globals: int, block_size: int) -> Tensor:
 def draw(weights: Tensor, kinds: Tensor, title: str, output: Path) -> None:
     """Write the two pictures, side by side, into one file."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 5.8), layout="constrained")
-    left.imshow(kinds.numpy(), cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1, interpolation="nearest")
+    left.imshow(
+        kinds.numpy(), cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1, interpolation="nearest"
+    )
     left.set_title("Which keys a query attends to")
     left.legend(handles=[Patch(color=color, label=name) for name, color in KINDS.items()], loc="upper right")
     image = right.imshow(weights.clamp(min=1e-6).numpy(), cmap="magma", norm=LogNorm(1e-6, 1), interpolation="nearest")

@@ -41,6 +41,39 @@ def test_positions_are_those_of_the_published_conversion(golden):
         assert torch.equal(converted, state_dict[name][rows[f"position_source_row.{length}"].long()])
 
 
+def test_global_tables_of_an_lsg_source_are_those_of_the_published_conversion(shared):
+    folder = shared / "golden" / "public" / "conversion"
+    state_dict = load_file(folder / "source_lsg_512" / "model.safetensors")
+    tables = load_file(folder / "expected_lsg_512_globals.safetensors")
+    for case in json.loads((folder / "expected_lsg_512.json").read_text())["global_tables"]:
+        converted = convert(
+            state_dict,
+            max_length=case["max_sequence_length"],
+            stride=case["global_positional_stride"],
+            use_token_type=case["use_token_ids"],
+            keep_globals=case["resize_lsg"],
+            keep_first_global=case["keep_first_global_token"],
+        )
+        torch.testing.assert_close(
+            converted["albert.embeddings.global_embeddings.weight"], tables[case["tensor"]], rtol=0, atol=1e-6
+        )
+        assert len(converted["albert.embeddings.position_embeddings.weight"]) == case["max_sequence_length"]
+
+
+def test_an_lsg_source_is_not_changed(shared):
+    state_dict = load_file(shared / "golden" / "public" / "conversion" / "source_lsg_512" / "model.safetensors")
+    before = {name: tensor.clone() for name, tensor in state_dict.items()}
+    for options in ({"keep_globals": True}, {"keep_first_global": True}, {}):
+        convert(state_dict, **options)
+    assert all(torch.equal(state_dict[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("option", ["keep_globals", "keep_first_global"])
+def test_globals_that_do_not_exist_cannot_be_kept(source, option):
+    with pytest.raises(ValueError, match="no global tokens to keep"):
+        convert(source, **{option: True})
+
+
 @pytest.fixture
 def source():
     config = AlbertConfig(
@@ -83,6 +116,12 @@ def test_short_source_draws_the_missing_positions_from_the_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first[:100, :] - other[:100, :], torch.zeros(100, 8))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_globals_need_no_mask_token(source):
+    assert "albert.embeddings.global_embeddings.weight" in convert(source, random_globals=True, mask_token_id=None)
+    with pytest.raises(ValueError, match="`mask_token_id` must be .* got None"):
+        convert(source, mask_token_id=None)
 
 
 def test_order_positions_names_the_strides_that_work():

@@ -1,0 +1,322 @@
+"""Checkpoints as files: read one tensor at a time, written beside their place and moved there whole."""
+
+import contextlib
+import glob
+import json
+import os
+import pickle
+import re
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed conversion left behind is then for the user to remove
+    fcntl = None
+
+TOKENIZER_VOCABULARIES = {  # files that hold a vocabulary, and the class that reads them if no other file names one
+    "spiece.model": "AlbertTokenizer",
+    "tokenizer.json": "AlbertTokenizer",
+    "vocab.txt": "BertTokenizer",
+}
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_FILES = (*TOKENIZER_VOCABULARIES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class ConversionError(ValueError):
+    """The conversion cannot be done; the message says in one line what is wrong with which file, option or place."""
+
+
+def fetch_source(source: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a checkpoint: `source` itself, or a copy of the Hub's repository of that name in the cache.
+
+    Raises:
+        ConversionError: there is no such directory, and no such repository within reach.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ConversionError(f"`revision` is for sources on the Hub, and {source} is a directory.")
+        return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
+    wanted = ["config.json", "README.md", *TOKENIZER_FILES]
+    try:
+        folder = fetch(source, revision, token, [*wanted, "model*.safetensors", SAFETENSORS_INDEX])
+        if not any(folder.glob("model*.safetensors")):
+            folder = fetch(source, revision, token, [*wanted, "pytorch_model*.bin", PICKLE_INDEX])
+    except Exception as error:  # of the network: each release of huggingface_hub has its own
+        raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
+    return folder
+
+
+def fetch(source: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+    """The files of a repository on the Hub that match, without its subfolders."""
+    return Path(
+        snapshot_download(source, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConversionError: the file holds none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path} is damaged: it holds no JSON object.")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a JSON file as transformers does."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class SourceWeights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name. Each is mapped from its file when asked for, and let go with its last
+    reference; only pickles of PyTorch before 1.6 are read at once.
+
+    Raises:
+        ConversionError: there are no weights, a file of theirs is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pickled: dict[str, Tensor] = {}
+        for path, names in find_weights(folder).items():
+            found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
+            missing = sorted(set(names or ()) - set(found))
+            if missing:
+                raise ConversionError(f"{path} is damaged: it lacks {missing[0]}, which its index promises.")
+            self.shapes.update(found)
+            self.files.update(dict.fromkeys(found, path))
+
+    def _open_safetensors(self, path: Path) -> dict[str, tuple[int, ...]]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConversionError(f"{path} is damaged: {one_line(error)}") from error
+
+    def _open_pickle(self, path: Path) -> dict[str, tuple[int, ...]]:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            reason = one_line(error).split(". ")[0]
+            raise ConversionError(f"{path} is damaged, or holds more than weights: {reason}.") from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ConversionError(f"{path} is damaged: it is no dictionary of tensors.")
+        self._pickled.update(tensors)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._pickled:
+            return self._pickled[name].detach()
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def find_weights(folder: Path) -> dict[Path, list[str] | None]:
+    """The files with a checkpoint's weights, and the names that an index says they hold, in transformers' order of
+    preference.
+
+    Raises:
+        ConversionError: there are none, or one that the index names is missing.
+    """
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+        if (folder / single).is_file():
+            return {folder / single: None}
+        if (folder / index).is_file():
+            shards: dict[Path, list[str]] = {}
+            for name, file_name in read_json(folder / index).get("weight_map", {}).items():
+                shards.setdefault(folder / file_name, []).append(name)
+            if not shards:
+                raise ConversionError(f"{folder / index} is damaged: it has no `weight_map`.")
+            for path in shards:
+                if not path.is_file():
+                    raise ConversionError(f"{path} is missing, which {index} names.")
+            return dict(shards)
+    others = [name for name in ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index") if (folder / name).exists()]
+    hint = f" {others[0]} is of another framework: load and save it with PyTorch first." if others else ""
+    raise ConversionError(f"{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, whole or in shards.{hint}")
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: str = "5GB") -> None:
+    """Write tensors as safetensors, in several files with an index where `max_shard_size` asks for it.
+
+    Raises:
+        OSError: the place is full or not writable.
+    """
+    shards = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file_name, names in tqdm(shards.filename_to_tensors.items(), "writing", unit="file", disable=None):
+        path = folder / file_name
+        try:
+            save_file({name: tensors[name].contiguous() for name in names}, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {one_line(error)}") from error
+        path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner may read
+    if shards.is_sharded:
+        write_json(folder / SAFETENSORS_INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
+def umask() -> int:
+    """The permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_code(folder: Path) -> list[str]:
+    """Copy the modeling file and the siblings that it imports, directly or not; returns their names."""
+    names, waiting = [], ["modeling_lsg_albert"]
+    while waiting:
+        module = waiting.pop()
+        path = Path(__file__).with_name(f"{module}.py")
+        if path.name not in names:
+            names.append(path.name)
+            waiting += re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+            shutil.copyfile(path, folder / path.name)
+    return sorted(names)
+
+
+def copy_tokenizer(source: Path, target: Path, max_length: int) -> bool:
+    """Copy the tokenizer's files as they are, but for the longest text that it makes; False where there is none."""
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    vocabularies = [name for name in found if name in TOKENIZER_VOCABULARIES]
+    if not vocabularies:
+        return False
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    if TOKENIZER_SETTINGS in found:
+        settings = read_json(source / TOKENIZER_SETTINGS)
+    else:
+        settings = {"tokenizer_class": TOKENIZER_VOCABULARIES[vocabularies[0]]}
+    write_json(target / TOKENIZER_SETTINGS, {**settings, "model_max_length": max_length})
+    return True
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside `target` to write into; at the end it becomes `target`, after an exception it vanishes.
+
+    A killed process leaves at most a hidden sibling, which the next call removes; if that holds what `target` was, as
+    only a kill between two renames can bring about, it is put back.
+
+    Raises:
+        ConversionError: `target` exists, and `overwrite` is False or not safe.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    check_target(target, overwrite)
+    partial = sibling(target, "partial")
+    partial.mkdir()
+    with locked(partial):
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            check_target(target, overwrite)  # it may have come into being meanwhile
+            if target.exists():
+                old = sibling(target, "replaced")
+                with locked(target):
+                    target.rename(old)
+                    try:
+                        partial.rename(target)
+                    except OSError:
+                        old.rename(target)
+                        raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                partial.rename(target)
+            sync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def sibling(target: Path, purpose: str) -> Path:
+    """A new hidden name beside `target`."""
+    return target.with_name(f".{target.name}.{purpose}-{uuid.uuid4().hex[:8]}")
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, and with `overwrite` one that is something else than a model.
+
+    Raises:
+        ConversionError: it does.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{target} exists. Choose another target, or replace this one with `--overwrite`.")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise ConversionError(f"{target} is not replaced: it is no model's directory, as it has no config.json.")
+
+
+def recover(target: Path) -> None:
+    """Remove what killed conversions left beside `target`, or put it back; what a live one works on is left alone."""
+    for purpose in ("replaced", "partial"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{purpose}-*"):
+            with contextlib.suppress(FileNotFoundError), locked(path) as free:
+                if free and purpose == "replaced" and not target.exists():
+                    path.rename(target)
+                elif free:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Mark a directory as in use by this process, as long as it lives; False if another one uses it."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Have a file or directory on the disk, not only in the system's memory."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

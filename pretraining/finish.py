@@ -1,0 +1,71 @@
+"""Put a trained LSG-ALBERT into the repository's root, so that plain ALBERT reads it as well.
+
+    python -m pretraining.finish runs/long/final .
+
+It is the last step of training: `pretrain_mlm` trains a short ALBERT, `lsg-albert convert --mask-first-token` makes it
+an LSG-ALBERT, and `pretrain_mlm` trains that at full length. Needs the package (`pip install .`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+
+from lsg_albert import LSGAlbertForMaskedLM
+from pretraining.corpus import write_atomically
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@torch.no_grad()
+def fold_global_into_cls(model: LSGAlbertForMaskedLM, cls_token_id: int) -> None:
+    """Give [CLS] at position 0 the trained embedding of global token 0.
+
+    With `mask_first_token` nothing reads [CLS] in its place, so the model's outputs stay what they are, but for the
+    score of [CLS] itself; and plain ALBERT, which has no global tokens, finds its equal in [CLS].
+
+    Raises:
+        ValueError: the model reads [CLS].
+    """
+    if not model.config.mask_first_token:
+        raise ValueError("`mask_first_token` is False in this model: what it reads of [CLS] would change.")
+    embeddings = model.albert.embeddings
+    first = embeddings.position_embeddings.weight[0] + embeddings.token_type_embeddings.weight[0]
+    embeddings.word_embeddings.weight[cls_token_id] = embeddings.global_embeddings.weight[0] - first
+
+
+def finish(source: Path, target: Path) -> None:
+    """Write the weights and the configuration of the model in `source` into `target`."""
+    model = LSGAlbertForMaskedLM.from_pretrained(source)
+    fold_global_into_cls(model, model.config.bos_token_id)
+    model.config.hidden_act = "gelu_new"  # trained with its fused equal; this is the name every ALBERT reader knows
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        weights = load_file(Path(folder) / WEIGHTS)
+        # The same parameter by its other name: transformers' own ALBERT before 4.50 takes it from there alone.
+        weights["predictions.decoder.bias"] = weights.pop("predictions.bias")
+        write_atomically(target / WEIGHTS, serialize(weights, metadata={"format": "pt"}))
+        write_atomically(target / CONFIG, (Path(folder) / CONFIG).read_bytes())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="directory of the trained model")
+    parser.add_argument("target", type=Path, help="directory to write config.json and model.safetensors into")
+    args = parser.parse_args(argv)
+    try:
+        finish(args.source, args.target)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
