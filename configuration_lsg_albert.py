@@ -63,7 +63,8 @@ _POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 class LSGAlbertConfig(PretrainedConfig):
     r"""
     Configuration of an LSG-ALBERT model. ALBERT's fields keep ALBERT's names and meaning; the defaults are those of
-    ALBERT-base with 4,096 positions. Sizes of the attention pattern count tokens.
+    ALBERT-base with 4,096 positions. Sizes of the attention pattern count tokens. A model takes its pattern from the
+    configuration when it is made; fields that are set later do not change it.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 30000):
@@ -235,7 +236,7 @@ class LSGAlbertConfig(PretrainedConfig):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the pattern has a sparse part (spec of the published code: type, size and factor all ask for one)."""
+        """Whether the pattern has a sparse part: type, size and factor must all ask for one."""
         return self.sparsity_type not in (None, "none") and bool(self.sparse_block_size) and self.sparsity_factor > 0
 
     def check_fields(self) -> None:
@@ -247,6 +248,8 @@ class LSGAlbertConfig(PretrainedConfig):
         self._check_single_fields()
         self._check_sizes()
         self._check_sparsity()
+        if getattr(self, "is_decoder", False):
+            raise ValueError("`is_decoder=True` is not supported: LSG-ALBERT is an encoder. Leave it out.")
         if self.mask_first_token and not self.pool_with_global:
             logger.warning_once("`mask_first_token=True` needs `pool_with_global=True`, which is set.")
             self.pool_with_global = True

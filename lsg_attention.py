@@ -33,7 +33,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, d
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT  # in this order float16 does not overflow
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=at_least_float32(scores)).to(value.dtype)
     return F.dropout(weights, dropout) @ value

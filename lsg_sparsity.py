@@ -10,7 +10,7 @@ Dimension key:  B batch  H heads  T text tokens  D head_dim  E value width  C ch
                 R buckets per chunk  L sparse tokens
 """
 
-import functools
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,13 +96,21 @@ def select_sparse_tokens(
         return strided(key, value, visible, factor, run=1)
     if kind == "block_stride":
         return strided(key, value, visible, factor, run=pattern.sparse_per_block)
-    if pattern.hash_rounds:
-        return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
-    if kind == "pooling":
-        weights, visible = mean_weights(visible, factor, at_least_float32(key))
-    else:  # "bos_pooling", and "lsh" with a factor of `sparse_block_size`, which is the same thing
-        weights, visible = first_query_weights(query[:, :, :1], key, visible, factor)
-    return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
+    with without_autocast(key.device):
+        if pattern.hash_rounds:
+            return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
+        if kind == "pooling":
+            weights, visible = mean_weights(visible, factor, at_least_float32(key))
+        elif kind in ("bos_pooling", "lsh"):  # "lsh" with a factor of `sparse_block_size` is the same thing
+            weights, visible = first_query_weights(query[:, :, :1], key, visible, factor)
+        else:
+            raise ValueError(f"`sparsity_type` {kind!r} is unknown.")
+        return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Means are computed in float32 at least; autocast would take their products back to half precision."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, factor: int) -> SparseTokens:
@@ -199,48 +207,26 @@ def assign_buckets(key_sum: Tensor, count: Tensor, projection: Tensor, num_bucke
 
 
 def hash_projections(
-    seed: int | None, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
-) -> tuple[tuple[Tensor, ...], ...]:
-    """Random projections for every call of an attention layer in one forward pass, in the order of the calls.
+    num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int, seed: int | None = None
+) -> list[Tensor]:
+    """Random projections for every call of an attention layer in one forward pass.
 
     Args:
-        seed: seed of a generator of their own, so that the same seed gives the same projections on every call,
-            device and process; None draws them anew from torch's global generator.
         num_calls: attention layers applied in one forward pass.
         rounds: buckets per chunk in each round (`LSGPattern.hash_rounds`).
         num_heads: H.
         head_dim: D.
+        seed: of a generator of their own, so that the same seed gives the same projections in every process; None
+            draws them from torch's global generator.
 
     Returns:
-        For each call, for each round with R buckets, a normal float32 tensor (H, D, R // 2) on the CPU. Do not change
-        them in place: they are shared by all that use the seed.
+        For each round with R buckets, a normal float32 tensor (num_calls, H, D, R // 2) on the CPU. All rounds of one
+        call are drawn before those of the next, as in the published code.
     """
-    if not rounds:
-        return ((),) * num_calls
-    if seed is None:
-        return draw_projections(None, num_calls, rounds, num_heads, head_dim)
-    return seeded_projections(seed, num_calls, rounds, num_heads, head_dim)
-
-
-@torch.compiler.assume_constant_result  # for torch.compile, which cannot trace generators
-def seeded_projections(seed: int, *sizes) -> tuple[tuple[Tensor, ...], ...]:
-    """`draw_projections` from a generator of its own; `sizes` are the other arguments."""
-    return _cached_projections(seed, *sizes)
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_projections(seed: int, *sizes) -> tuple[tuple[Tensor, ...], ...]:
-    return draw_projections(torch.Generator().manual_seed(seed), *sizes)
-
-
-def draw_projections(
-    generator: torch.Generator | None, num_calls: int, rounds: tuple[int, ...], num_heads: int, head_dim: int
-) -> tuple[tuple[Tensor, ...], ...]:
-    """Draw all rounds of one call, then those of the next, as the published code does."""
-    return tuple(
-        tuple(torch.randn(num_heads, head_dim, num_buckets // 2, generator=generator) for num_buckets in rounds)
-        for _ in range(num_calls)
-    )
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    kind = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    calls = [[torch.randn(num_heads, head_dim, size // 2, **kind) for size in rounds] for _ in range(num_calls)]
+    return [torch.stack(draws) for draws in zip(*calls, strict=True)]
 
 
 def at_least_float32(x: Tensor) -> torch.dtype:

@@ -23,11 +23,10 @@ from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_
 from .lsg_attention import lsg_attention, lsg_attention_map
 from .lsg_sparsity import LSGPattern, hash_projections
 
+# Before 4.53 transformers has no such class; its models call the checkpointing function themselves.
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
-except (
-    ImportError
-):  # transformers before 4.53 has no such class; its models call the checkpointing function themselves
+except ImportError:
 
     class GradientCheckpointingLayer(nn.Module):
         """A layer that forgets its activations in training and computes them again for the backward pass."""
@@ -57,8 +56,9 @@ class LSGAlbertModelOutput(BaseModelOutputWithPooling):
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             `num_hidden_layers + 1` states of the shape of `last_hidden_state`, from the embeddings on.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
-            The effective attention maps of the layers, `(batch_size, num_attention_heads, num_global_tokens +
-            sequence_length, num_global_tokens + sequence_length)`, global tokens first. Every row sums to 1.
+            The effective attention maps of the `num_hidden_layers * inner_group_num` layers, `(batch_size,
+            num_attention_heads, num_global_tokens + sequence_length, num_global_tokens + sequence_length)`, global
+            tokens first. Every row sums to 1.
         global_hidden_states (`torch.FloatTensor` of shape `(batch_size, num_global_tokens, hidden_size)`):
             The global tokens' last states.
     """
@@ -100,12 +100,12 @@ class LSGAlbertEmbeddings(nn.Module):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
         width = config.embedding_size
-        self.num_global_tokens = config.num_global_tokens
         self.add_positions = config.position_embedding_type == "absolute"
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
+        self.num_global_tokens = config.num_global_tokens
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -126,8 +126,9 @@ class LSGAlbertEmbeddings(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=words.device)[None]
             text = text + self.position_embeddings(position_ids)
-        global_tokens = self.global_embeddings.weight[: self.num_global_tokens].expand(batch_size, -1, -1)
-        return self.dropout(self.LayerNorm(torch.cat([global_tokens.to(text.dtype), text], dim=1)))
+        global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=words.device))
+        global_tokens = global_tokens.to(text.dtype).expand(batch_size, -1, -1)
+        return self.dropout(self.LayerNorm(torch.cat([global_tokens, text], dim=1)))
 
 
 class LSGAlbertAttention(nn.Module):
@@ -164,7 +165,7 @@ class LSGAlbertAttention(nn.Module):
 
         Returns:
             The new states, and the map (batch, heads, map_size, map_size) or None. The states are computed from the
-            map where there is one, so that gradients reach it.
+            map where there is one, so that gradients reach it; dropout then falls on its weights.
         """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
@@ -231,6 +232,11 @@ class LSGAlbertEncoder(nn.Module):
             sparsity_factor=config.sparsity_factor,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
         )
+        self.is_seeded = config.lsh_seed is not None
+        if self.is_seeded:
+            # As integers of the same bits, or `model.half()` would round them.
+            for i, projection in enumerate(self.draw_projections()):
+                self.register_buffer(f"projections_{i}", projection.view(torch.int32), persistent=False)
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
         self.albert_layer_groups = nn.ModuleList(
             [LSGAlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
@@ -256,7 +262,7 @@ class LSGAlbertEncoder(nn.Module):
         states = self.embedding_hidden_mapping_in(F.pad(embeddings, (0, 0, 0, padding)))
         visible = F.pad(visible, (0, padding), value=False)
         text_states, attention_maps = [], []
-        projections = iter(self.hash_projections())
+        projections = iter(self.projections_of_calls())
         for group_index in self.group_of_layer():
             if output_hidden_states:
                 # Put together again, so that the part which is returned is what the next layer reads: it has a gradient.
@@ -275,7 +281,7 @@ class LSGAlbertEncoder(nn.Module):
         Raises:
             ValueError: some, but `adaptive` is False.
         """
-        block_size = self.config.block_size
+        block_size = self.pattern.block_size
         padding = -length % block_size if length > 2 * block_size else 0
         if padding and not self.config.adaptive:
             raise ValueError(
@@ -289,16 +295,32 @@ class LSGAlbertEncoder(nn.Module):
         num_layers, num_groups = self.config.num_hidden_layers, self.config.num_hidden_groups
         return [layer * num_groups // num_layers for layer in range(num_layers)]
 
-    def hash_projections(self) -> tuple[tuple[Tensor, ...], ...]:
-        """What "lsh" needs, for each call of an attention layer. Drawn before the layers, so that gradient
-        checkpointing computes a layer again with what it had."""
+    def draw_projections(self) -> list[Tensor]:
+        """The random projections of "lsh" for all calls of an attention layer, see `hash_projections`."""
+        config = self.config
+        num_calls = config.num_hidden_layers * config.inner_group_num
+        head_size = config.hidden_size // config.num_attention_heads
         return hash_projections(
-            self.config.lsh_seed,
-            self.config.num_hidden_layers * self.config.inner_group_num,
-            self.pattern.hash_rounds,
-            self.config.num_attention_heads,
-            self.config.hidden_size // self.config.num_attention_heads,
+            num_calls, self.pattern.hash_rounds, config.num_attention_heads, head_size, config.lsh_seed
         )
+
+    @torch.no_grad()
+    def reset_projections(self) -> None:
+        """Write the seeded projections into their buffers, which a model built on the meta device has lost."""
+        if self.is_seeded:
+            for i, projection in enumerate(self.draw_projections()):
+                self.get_buffer(f"projections_{i}").copy_(projection.view(torch.int32))
+
+    def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
+        """For each call of an attention layer, its projections. Those without a seed are drawn here, before the layers,
+        so that gradient checkpointing computes a layer again with what it had."""
+        if self.is_seeded:
+            rounds = [self.get_buffer(f"projections_{i}") for i in range(len(self.pattern.hash_rounds))]
+            rounds = [projections.view(torch.float32) for projections in rounds]
+        else:
+            rounds = self.draw_projections()
+        num_calls = self.config.num_hidden_layers * self.config.inner_group_num
+        return [tuple(projections[call] for projections in rounds) for call in range(num_calls)]
 
 
 class LSGAlbertPreTrainedModel(PreTrainedModel):
@@ -351,6 +373,8 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, LSGAlbertMLMHead):
             nn.init.zeros_(module.bias)
+        if isinstance(module, LSGAlbertEncoder):
+            module.reset_projections()
 
 
 class LSGAlbertModel(LSGAlbertPreTrainedModel):
@@ -398,7 +422,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token types, 0 by default.
             position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
-                Positions, 0 to `sequence_length - 1` by default.
+                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default.
             head_mask:
                 Not supported; there for callers that pass `None` by position.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
@@ -406,7 +430,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             output_attentions (`bool`, *optional*):
                 Whether to return the effective attention maps. They are quadratic in the length.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
-                Whether to return the states after each layer; with indices, only those, and `None` for the others.
+                Whether to return the states before and after each layer; with indices, only those, and `None` for the
+                others.
             return_dict (`bool`, *optional*):
                 Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
 
@@ -431,7 +456,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             visible = F.pad(visible[:, 1:], (1, 0), value=False)
         wants_states = output_hidden_states is not None and output_hidden_states is not False
         states, text_states, attention_maps = self.encoder(embeddings, visible, output_attentions, wants_states)
-        global_states, last_state = states.tensor_split([self.config.num_global_tokens], dim=1)
+        global_states, last_state = states.tensor_split([self.encoder.pattern.num_global_tokens], dim=1)
         if self.config.pool_with_global:
             last_state = torch.cat([global_states[:, :1], last_state[:, 1:]], dim=1)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(last_state[:, 0]))
@@ -476,7 +501,17 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
                 f"`attention_mask` must have the shape (batch, length) = {(batch_size, length)}, with 1 for real "
                 f"tokens and 0 for masked ones, got the shape {tuple(attention_mask.shape)}."
             )
+        if attention_mask is not None and has_other_than_0_and_1(attention_mask):
+            raise ValueError("`attention_mask` must hold 1 for real tokens and 0 for masked ones, got other values.")
         return batch_size, length
+
+
+def has_other_than_0_and_1(mask: Tensor) -> bool:
+    """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
+    look would make the processor wait for the device."""
+    if not mask.is_floating_point() or mask.device.type == "meta" or torch.compiler.is_compiling():
+        return False
+    return bool(((mask != 0) & (mask != 1)).any())
 
 
 def select_states(
@@ -839,6 +874,12 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
                 "Give `input_ids` of the shape (batch, choices, length) or `inputs_embeds` of the shape (batch, "
                 f"choices, length, embedding_size), got {None if given is None else tuple(given.shape)}."
             )
+        for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if x is not None and x.shape != given.shape[:3]:
+                raise ValueError(
+                    f"`{name}` must have the shape (batch, choices, length) = {tuple(given.shape[:3])}, got "
+                    f"{tuple(x.shape)}."
+                )
         num_choices = given.shape[1]
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
             None if x is None else x.flatten(0, 1)

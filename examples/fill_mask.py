@@ -68,7 +68,7 @@ def fill(model, tokenizer, text: str, top_k: int) -> tuple[int, list[Masked]]:
     found = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
     masked = []
     for index in found:
-        scores, ids = logits[index].softmax(-1).topk(top_k)
+        scores, ids = logits[index].softmax(-1).topk(min(top_k, logits.shape[-1]))
         words = [tokenizer.decode([token_id]).strip() for token_id in ids.tolist()]
         masked.append(Masked(index, list(zip(words, scores.tolist(), strict=True))))
     return inputs["input_ids"].shape[1], masked

@@ -37,7 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparse-block-size", type=int, default=16, help="sparse tokens per side (default: 16)")
     parser.add_argument("--sparsity-factor", type=int, default=4, help="tokens per sparse token (default: 4)")
     parser.add_argument("--sparsity-type", default="norm", help="selection of the sparse tokens (default: norm)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tokens < 1:
+        parser.error(f"--tokens must be at least 1, got {args.tokens}")
+    return args
 
 
 @torch.no_grad()
@@ -88,12 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = args.document.read_text(encoding="utf-8")
         weights, num_globals = attention_map(args, text)
+        kinds = kinds_of_keys(weights, num_globals, args.block_size)
+        title = f'Effective attention map, layer {args.layer}, head {args.head}, "{args.sparsity_type}"'
+        draw(weights, kinds, title, args.output)
     except (OSError, ValueError, IndexError) as error:
         print(f"plot_attention: {error}", file=sys.stderr)
         return 1
-    kinds = kinds_of_keys(weights, num_globals, args.block_size)
-    title = f'Effective attention map, layer {args.layer}, head {args.head}, "{args.sparsity_type}"'
-    draw(weights, kinds, title, args.output)
     print(f"{args.output}: {len(weights) - num_globals} tokens, {num_globals} global")
     return 0
 

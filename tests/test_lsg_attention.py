@@ -47,7 +47,7 @@ def cases(draw):
 
 
 def draw_projections(pattern, key):
-    return hash_projections(7, 1, pattern.hash_rounds, key.shape[1], key.shape[-1])[0]
+    return tuple(drawn[0] for drawn in hash_projections(1, pattern.hash_rounds, key.shape[1], key.shape[-1], seed=7))
 
 
 def from_oracle(pattern, query, key, value, visible):
@@ -133,6 +133,46 @@ def test_lower_precision_stays_near_the_exact_answer(sparsity_type, dtype):
     assert low.dtype == dtype
     # A pooled key is rounded once, and a score of about 8 once more; both enter the weights through exp.
     assert (low.double() - exact).abs().max() < 32 * torch.finfo(dtype).eps * value.abs().max()
+
+
+def test_more_global_tokens_than_text_are_the_oracles():
+    for length in (3, 16):
+        pattern = LSGPattern(40, 4, "pooling", 4, 2)
+        query, key, value = torch.randn(3, 1, 2, 40 + length, 4, dtype=torch.float64)
+        visible = torch.rand(1, length) < 0.8
+        context = lsg_attention(query, key, value, visible, pattern)
+        torch.testing.assert_close(context, from_oracle(pattern, query, key, value, visible)[0])
+
+
+@pytest.mark.parametrize("implementation", sorted(ATTENTION_FUNCTIONS))
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_large_scores_do_not_overflow_in_float16(sparsity_type, implementation):
+    pattern = LSGPattern(1, 4, sparsity_type, 4, 2)
+    query = key = torch.full((1, 1, 17, 64), 40.0, dtype=torch.float16)  # their product is above float16's largest
+    value = torch.randn(1, 1, 17, 64, dtype=torch.float16)
+    visible = torch.ones(1, 16, dtype=torch.bool)
+    context = lsg_attention(query, key, value, visible, pattern, draw_projections(pattern, key), implementation)
+    assert torch.isfinite(context).all()
+
+
+@pytest.mark.parametrize("implementation", sorted(ATTENTION_FUNCTIONS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_autocast_gives_what_half_precision_inputs_give(sparsity_type, dtype, implementation):
+    pattern = LSGPattern(2, 8, sparsity_type, 8, 4, 1)
+    query, key, value = torch.randn(3, 2, 4, 2 + 32, 16).to(dtype)
+    visible = torch.rand(2, 32) < 0.8
+    projections = draw_projections(pattern, key)
+    expected = lsg_attention(query, key, value, visible, pattern, projections, implementation)
+    with torch.autocast("cpu", dtype):
+        actual = lsg_attention(query, key, value, visible, pattern, projections, implementation)
+    torch.testing.assert_close(actual.to(dtype), expected)
+
+
+def test_an_unknown_selection_is_named():
+    query, key, value = torch.randn(3, 1, 1, 13, 4)
+    with pytest.raises(ValueError, match="'norn' is unknown"):
+        lsg_attention(query, key, value, torch.ones(1, 12, dtype=torch.bool), LSGPattern(1, 4, "norn", 4, 2))
 
 
 def test_eager_and_sdpa_agree_also_without_visible_text():
