@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 
 from . import __version__
-from .checkpoint_conversion import DTYPES, convert_checkpoint, lsg_parameters
+from .checkpoint_conversion import DTYPES, convert_checkpoint, lsg_parameters, push
 from .checkpoint_files import one_line
 from .configuration_lsg_albert import LSGAlbertConfig
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(make_parser().parse_args(arguments))
     del options["command"]
     report_file: Path | None = options.pop("report")
+    repository, private = options.pop("push_to_hub"), options.pop("private")
     if not sys.stderr.isatty():
         disable_progress_bars()  # those of downloads and uploads; ours see by themselves that there is no terminal
     try:
@@ -29,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_writable(report_file, Path(options["target"]))
         report = convert_checkpoint(**options)
         if report_file is not None:
-            report.save(report_file)
+            report.save(report_file)  # before a push, which may fail
+        if repository is not None:
+            report.pushed_to = push(Path(report.target), repository, options["token"], private)
+            if report_file is not None:
+                report.save(report_file)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -209,7 +209,7 @@ def test_from_the_hub_and_to_the_hub(source, target, tmp_path, installed):
     download = ["convert", "someone/albert", str(target), *SHORT, "--revision", "v1", "--token", "hf_a", "--no-verify"]
     upload = ["--push-to-hub", "me/lsg-albert", "--private", "--report", str(tmp_path / "report.json")]
     nothing = ["convert", "someone/nothing-here", str(tmp_path / "none")]
-    refused = [*download, "--overwrite", "--push-to-hub", "me/forbidden"]
+    refused = [*download, "--overwrite", "--push-to-hub", "me/forbidden", "--report", str(tmp_path / "refused.json")]
     with stand_in_hub(source) as hub:
         environment = {
             "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
@@ -234,7 +234,14 @@ def test_from_the_hub_and_to_the_hub(source, target, tmp_path, installed):
 
     assert re.fullmatch(r"error: someone/nothing-here is no directory.*\n", results[1][1])
     assert re.fullmatch(r"error: .*is whole, but could not be pushed to me/forbidden.*\n", results[2][1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "report.json", "source", "target"]
+    assert json.loads((tmp_path / "refused.json").read_text())["pushed_to"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "home",
+        "refused.json",
+        "report.json",
+        "source",
+        "target",
+    ]
 
 
 def readme_section():
