@@ -200,13 +200,14 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `LSGAlbertAttention.forward`."""
         hidden_states, attention_map = self.attention(hidden_states, *args, **kwargs)
-        chunk_size = self.chunk_size_feed_forward or hidden_states.shape[1]
-        chunks = [self.feed_forward(chunk) for chunk in hidden_states.split(chunk_size, dim=1)]
-        hidden_states = self.full_layer_layer_norm(torch.cat(chunks, dim=1) + hidden_states)
-        return hidden_states, attention_map
+        output = self.feed_forward(hidden_states)
+        return self.full_layer_layer_norm(output + hidden_states), attention_map
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, hidden) -> the same shape."""
+        """(batch, length, hidden) -> the same shape, in chunks of `chunk_size_feed_forward` tokens where it is set."""
+        if self.chunk_size_feed_forward and hidden_states.shape[1] > self.chunk_size_feed_forward:
+            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
+            return torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
         return self.ffn_output(self.activation(self.ffn(hidden_states)))
 
 
