@@ -39,8 +39,9 @@ def logged_warnings() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    # The logger of transformers does not propagate; those of our modules do.
-    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    # Those of our modules pass on to the root what they log; that of transformers does where `CI` is set.
+    library = logging.getLogger("transformers")
+    loggers = [logging.getLogger()] if library.propagate else [logging.getLogger(), library]
     for logger in loggers:
         logger.addHandler(handler)
     try:
