@@ -48,7 +48,7 @@ def finish(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         weights = load_file(Path(folder) / WEIGHTS)
-        # The same parameter by its other name: transformers' own ALBERT before 4.50 takes it from there alone.
+        # The same parameter by its other name: transformers' own ALBERT, in 4.44 and 4.48, takes it from there alone.
         weights["predictions.decoder.bias"] = weights.pop("predictions.bias")
         write_atomically(target / WEIGHTS, serialize(weights, metadata={"format": "pt"}))
         write_atomically(target / CONFIG, (Path(folder) / CONFIG).read_bytes())

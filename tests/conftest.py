@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -63,3 +64,23 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared (data and golden cases of the project's authors) is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def masked_lm(tmp_path_factory) -> Path:
+    """An AlbertForMaskedLM in a directory, for tests of the conversion that do not change it."""
+    from albert_sources import make_albert, save  # which itself imports from here
+
+    return save(make_albert(), tmp_path_factory.mktemp("sources") / "albert")
+
+
+@pytest.fixture
+def source(masked_lm, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(masked_lm, tmp_path / "source")
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    """A place for its conversion."""
+    return tmp_path / "target"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -19,23 +18,6 @@ from lsg_albert.checkpoint_files import ConversionError
 
 MADE = ("embeddings.global_embeddings.weight", "embeddings.position_embeddings.weight")
 SHORT = {"max_length": 64, "block_size": 16}
-
-
-@pytest.fixture(scope="module")
-def masked_lm(tmp_path_factory):
-    """An AlbertForMaskedLM in a directory, for tests that do not change it."""
-    return save(make_albert(), tmp_path_factory.mktemp("sources") / "albert")
-
-
-@pytest.fixture
-def source(masked_lm, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(masked_lm, tmp_path / "source")
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "target"
 
 
 def load(folder, name):

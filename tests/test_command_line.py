@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from albert_sources import fingerprint, make_albert, save
+from albert_sources import fingerprint
 from conftest import ROOT
 from hub_stand_in import COMMIT, stand_in_hub
 from lsg_albert import LSGAlbertForMaskedLM
@@ -20,21 +20,6 @@ from lsg_albert.__main__ import main
 from lsg_albert.checkpoint_conversion import lsg_parameters
 
 SHORT = ["--max-length", "64", "--block-size", "16"]
-
-
-@pytest.fixture(scope="module")
-def masked_lm(tmp_path_factory):
-    return save(make_albert(), tmp_path_factory.mktemp("sources") / "albert")
-
-
-@pytest.fixture
-def source(masked_lm, tmp_path):
-    return shutil.copytree(masked_lm, tmp_path / "source")
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "target"
 
 
 @pytest.fixture
