@@ -12,7 +12,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
-ATTN_IMPLEMENTATIONS = ("sdpa", "eager")
+ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 MAX_GLOBAL_TOKENS = 512  # rows of the table of global embeddings, in every published checkpoint
 
 AUTO_MAP = {
@@ -55,6 +55,7 @@ _BOOLEANS = (
     "mask_first_token",
     "pool_with_global",
     "adaptive",
+    "pack_padding",
     "pass_global_tokens_to_decoder",
 )
 _POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
@@ -122,6 +123,9 @@ class LSGAlbertConfig(PretrainedConfig):
             Replaces the first output by that of the first global token. Needed by `mask_first_token`.
         adaptive (`bool`, *optional*, defaults to `True`):
             Pads inputs to a multiple of `block_size` by itself, and removes that padding from the outputs.
+        pack_padding (`bool`, *optional*, defaults to `True`):
+            Leaves out whole blocks of padding behind the texts of a batch; the outputs there are then zeros, and work
+            is done for real blocks only. A compiled or exported model computes the padding all the same.
         lsh_num_pre_rounds (`int`, *optional*, defaults to 1):
             Hashing rounds of `"lsh"` before the last one. Also accepted as `lsg_num_pre_rounds`.
         lsh_seed (`int`, *optional*, defaults to 0):
@@ -167,6 +171,7 @@ class LSGAlbertConfig(PretrainedConfig):
         mask_first_token: bool = False,
         pool_with_global: bool = True,
         adaptive: bool = True,
+        pack_padding: bool = True,
         lsh_num_pre_rounds: int = 1,
         lsh_seed: int | None = 0,
         pass_global_tokens_to_decoder: bool = True,
@@ -204,6 +209,7 @@ class LSGAlbertConfig(PretrainedConfig):
         self.mask_first_token = mask_first_token
         self.pool_with_global = pool_with_global
         self.adaptive = adaptive
+        self.pack_padding = pack_padding
         self.lsh_num_pre_rounds = kwargs.pop("lsg_num_pre_rounds", lsh_num_pre_rounds)
         self.lsh_seed = lsh_seed
         self.pass_global_tokens_to_decoder = pass_global_tokens_to_decoder
@@ -332,7 +338,7 @@ def check_attn_implementation(name: str | None) -> None:
     if name is not None and name not in ATTN_IMPLEMENTATIONS:
         raise ValueError(
             f'`attn_implementation` "{name}" does not exist for LSG attention. Use "sdpa" (the default, '
-            'torch.nn.functional.scaled_dot_product_attention) or "eager".'
+            'torch.nn.functional.scaled_dot_product_attention), "eager", or "flex_attention" (compiled).'
         )
 
 

@@ -3,87 +3,348 @@
 Source: Condevaux and Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long sequences",
 arXiv 2210.15497.
 
-Dimension key:  B batch  H heads  G global tokens  T text tokens  D head_dim  E value width  N blocks  W block_size
-                S sparse tokens per side  K keys per query block
+Dimension key:  B rows of the batch  H heads  G global tokens  T text tokens  D head_dim  E value width  N blocks
+                W block_size  p sparse tokens per block  S sparse tokens per side  L sparse tokens
+                M tokens in all  K keys per query block
 
-A sequence is the G global tokens followed by the T text tokens. Masks are boolean, True = may be attended to. No
-query is ever without keys, as global tokens are always visible.
+A row is G global tokens followed by its text. Masks are boolean, True = may be attended to. No query is ever without
+keys, as global tokens are always visible.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lsg_sparsity import LSGPattern, at_least_float32, select_sparse_tokens
+from .lsg_blocks import BlockList, list_blocks
+from .lsg_flex import flex_blocks
+from .lsg_sparsity import LSGPattern, SparseTokens, at_least_float32, select_sparse_tokens
 
 MAP_COLUMNS = 512  # columns of an attention map computed at a time, which bounds the memory beside the map's own
+CHUNK_BYTES = 2**22  # about so many bytes of keys are copied into windows at a time: they stay in the cache
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0) -> Tensor:
-    """Softmax attention by torch's fused kernel: (B, H, Q, D), (B, H, K, D), (B, H, K, E) -> (B, H, Q, E).
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """Softmax attention by torch's fused kernel: (..., Q, D), (..., K, D), (..., K, E) -> (..., Q, E).
 
-    `visible` (B, 1 or H, 1, K) says which keys are attended to; `dropout` is the share of weights dropped.
+    `bias` (..., 1, K) is added to the scores; `dropout` is the share of weights dropped.
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0) -> Tensor:
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = (query / math.sqrt(query.shape[-1])) @ key.mT  # in this order float16 does not overflow
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT + bias  # in this order float16 does not overflow
     weights = scores.softmax(-1, dtype=at_least_float32(scores)).to(value.dtype)
     return F.dropout(weights, dropout) @ value
 
 
-ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention}
+# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over.
+ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "flex_attention": sdpa_attention}
 
 
-def block_windows(x: Tensor, num_blocks: int, step: int, start: int, size: int) -> Tensor:
-    """Give every block its window of `x`, zeros (False) past the ends.
+def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 for visible keys, minus infinity for others."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)
 
-    Args:
-        x: (B, H, L, ...).
-        num_blocks: N.
-        step: how far the window moves from one block to the next.
-        start: where the window of block 0 begins; may be negative.
-        size: length of a window.
 
-    Returns:
-        (B, H, N, size, ...); window i holds `x[:, :, i * step + start : i * step + start + size]`.
+class Sources(NamedTuple):
+    """What the key windows of consecutive blocks are cut from, for keys, values, or the rows that they are of.
+
+    Before and after the blocks' own tokens stand those that the first and the last window reach; beyond the text,
+    these are padding.
     """
-    before = max(0, -start)
-    after = max(0, (num_blocks - 1) * step + start + size - x.shape[2])
-    padded = F.pad(x, (0, 0) * (x.ndim - 3) + (before, after))
-    windows = padded[:, :, start + before :].unfold(2, size, step)[:, :, :num_blocks]
-    return windows.movedim(-1, 3)
+
+    of_globals: Tensor  # (H, B, G, ...)
+    of_text: Tensor  # (H, W + N * W + W, ...)
+    of_sparse: Tensor | None  # (H, reach + N * p + reach, ...), reach = p + S; None without a sparse part
+
+    def part(self, first: int, last: int, pattern: LSGPattern) -> "Sources":
+        """The sources of the blocks `first` to `last - 1` only, as views."""
+        of_text = self.of_text[:, first * pattern.block_size : (last + 2) * pattern.block_size]
+        of_sparse = self.of_sparse
+        if of_sparse is not None:
+            step = pattern.sparse_per_block
+            of_sparse = of_sparse[:, first * step : last * step + 2 * pattern.sparse_reach]
+        return Sources(self.of_globals, of_text, of_sparse)
 
 
-def key_windows(x_global: Tensor, x_text: Tensor, x_sparse: Tensor | None, pattern: LSGPattern) -> Tensor:
-    """All that the queries of each block see, for keys, values or visibility.
+def window_sources(
+    of_globals: Tensor, of_text: Tensor, of_sparse: Tensor | None, pattern: LSGPattern, fill: float = 0
+) -> Sources:
+    """Put padding of `fill` around the text (H, T, ...) and the sparse tokens (H, L, ...)."""
+
+    def pad(x: Tensor, size: int) -> Tensor:  # token by token in memory, as the projections write
+        edge = x.new_full((), fill).expand(size, x.shape[0], *x.shape[2:])
+        return torch.cat([edge, x.transpose(0, 1), edge]).transpose(0, 1)
+
+    of_sparse = None if of_sparse is None else pad(of_sparse, pattern.sparse_reach)
+    return Sources(of_globals, pad(of_text, pattern.block_size), of_sparse)
+
+
+def key_windows(sources: Sources, row: Tensor, pattern: LSGPattern) -> Tensor:
+    """All that the queries of each block see.
 
     Args:
-        x_global: (B, H, G, ...) of the global tokens.
-        x_text: (B, H, T, ...) of the text tokens.
-        x_sparse: (B, H, L, ...) of the sparse tokens, None without a sparse part.
+        sources: of N blocks.
+        row: (N,), which row each block is of.
         pattern: the sizes.
 
     Returns:
-        (B, H, N, K, ...), K = G [+ 2 S] + 3 W: the global tokens; S sparse tokens on each side of those that stand
-        for the local window; the local window, which is the block and one neighbour on each side.
+        (H, N, K, ...), K = G [+ 2 S] + 3 W: the global tokens of the block's row; S sparse tokens on each side of
+        those that stand for the local window; the local window, which is the block and one neighbour on each side.
     """
-    block_size = pattern.block_size
-    num_blocks = x_text.shape[2] // block_size
-    windows = [x_global[:, :, None].expand(-1, -1, num_blocks, *x_global.shape[2:])]
-    if x_sparse is not None:
-        step, size = pattern.sparse_per_block, pattern.sparse_block_size
-        windows.append(block_windows(x_sparse, num_blocks, step=step, start=-step - size, size=size))
-        windows.append(block_windows(x_sparse, num_blocks, step=step, start=2 * step, size=size))
-    windows.append(block_windows(x_text, num_blocks, step=block_size, start=-block_size, size=3 * block_size))
-    return torch.cat(windows, dim=3)
+    windows = [sources.of_globals[:, row]]
+    if sources.of_sparse is not None:
+        size, step = pattern.sparse_block_size, pattern.sparse_per_block
+        left_end = sources.of_sparse.shape[1] - 3 * step - size
+        for side in (sources.of_sparse[:, :left_end], sources.of_sparse[:, 3 * step + size :]):
+            windows.append(side.unfold(1, size, step).movedim(-1, 2))
+    windows.append(sources.of_text.unfold(1, 3 * pattern.block_size, pattern.block_size).movedim(-1, 2))
+    return torch.cat(windows, dim=2)
+
+
+def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern) -> None:
+    """Add `windows` (H, N, K, ...), cut as by `key_windows`, to where they were cut from: the gradient of cutting."""
+    windows = windows.movedim(2, -1)  # (H, N, ..., K), as `unfold` gives them
+    num_globals, num_local = total.of_globals.shape[2], 3 * pattern.block_size
+    of_globals, of_sparse, of_text = windows.tensor_split([num_globals, windows.shape[-1] - num_local], dim=-1)
+    total.of_globals.index_add_(1, row, of_globals.movedim(-1, 2))
+
+    def add(x: Tensor, part: Tensor, step: int) -> None:
+        for start in range(0, part.shape[-1], step):  # pieces of one step do not overlap, whole windows do
+            piece = part[..., start : start + step]
+            x[:, start:].unfold(1, piece.shape[-1], step)[:, : len(row)] += piece
+
+    if total.of_sparse is not None:
+        left, right = of_sparse.chunk(2, dim=-1)
+        step = pattern.sparse_per_block
+        add(total.of_sparse, left, step)
+        add(total.of_sparse[:, 3 * step + pattern.sparse_block_size :], right, step)
+    add(total.of_text, of_text, pattern.block_size)
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention of all blocks, a few at a time, so that their windows are never in memory, only in the cache.
+
+    Args:
+        attend: as `sdpa_attention`, without dropout.
+        pattern: the sizes.
+        row: (N,), which row each block is of.
+        query: (H, N, W, D).
+        bias: (1 or H, N, 1, K), of the windows.
+        sources: the three of the keys, then those of the values.
+
+    Returns:
+        (H, N, W, E). The backward pass cuts the windows again, and computes the attention again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attend: Callable[..., Tensor],
+        pattern: LSGPattern,
+        row: Tensor,
+        query: Tensor,
+        bias: Tensor,
+        *sources: Tensor | None,
+    ) -> Tensor:
+        ctx.attend, ctx.pattern = attend, pattern
+        ctx.save_for_backward(row, query, bias, *sources)
+        num_heads, num_blocks, block_size, _ = query.shape
+        width = Sources(*sources[3:]).of_text.shape[-1]
+        context = query.new_empty(num_blocks, block_size, num_heads, width).movedim(2, 0)
+        for part, key, value in chunks_of_blocks(query, bias, sources, pattern):
+            windows = (key_windows(x, row[part], pattern) for x in (key, value))
+            context[:, part] = attend(query[:, part], *windows, bias[:, part])
+        return context
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor | None, ...]:
+        row, query, bias, *sources = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        grad_sources = [None if x is None else torch.zeros_like(x) for x in sources]
+        chunks = chunks_of_blocks(query, bias, sources, ctx.pattern)
+        grad_chunks = chunks_of_blocks(query, bias, grad_sources, ctx.pattern)
+        for (part, key, value), (_, *grad_parts) in zip(chunks, grad_chunks, strict=True):
+            inputs = [query[:, part], *(key_windows(x, row[part], ctx.pattern) for x in (key, value))]
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            with torch.enable_grad():
+                context = ctx.attend(*inputs, bias[:, part])
+            grad_query[:, part], *grad_windows = torch.autograd.grad(context, inputs, grad_context[:, part])
+            for total, windows in zip(grad_parts, grad_windows, strict=True):
+                add_windows(total, windows, row[part], ctx.pattern)
+        return None, None, None, grad_query, None, *grad_sources
+
+
+def chunks_of_blocks(
+    query: Tensor, bias: Tensor, sources: Sequence[Tensor | None], pattern: LSGPattern
+) -> Iterator[tuple[slice, Sources, Sources]]:
+    """Some blocks after another, and the sources of their keys and values, for queries (H, N, W, D)."""
+    num_heads, num_blocks, _, width = query.shape
+    size = max(1, CHUNK_BYTES // (num_heads * bias.shape[-1] * width * query.element_size()))
+    for first in range(0, num_blocks, size):
+        last = min(first + size, num_blocks)
+        key, value = (Sources(*x).part(first, last, pattern) for x in (sources[:3], sources[3:]))
+        yield slice(first, last), key, value
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockList,
+    pattern: LSGPattern,
+    projections: tuple[Tensor, ...] = (),
+    implementation: str = "sdpa",
+    dropout: float = 0.0,
+) -> Tensor:
+    """LSG attention of rows that are listed block by block, as `BlockList.pack` lists them.
+
+    Args:
+        query, key: (H, M, D), M = B * G + N * W.
+        value: (H, M, E).
+        blocks: which row each block is of, and which tokens may be attended to.
+        pattern: which keys a query sees.
+        projections: of "lsh", see `select_sparse_tokens`.
+        implementation: a name in `ATTENTION_FUNCTIONS`.
+        dropout: the share of attention weights dropped.
+
+    Returns:
+        The context, (H, M, E).
+    """
+    num_globals = blocks.num_rows * pattern.num_global_tokens
+    (global_query, text_query), (global_key, text_key), (global_value, text_value) = (
+        x.tensor_split([num_globals], dim=1) for x in (query, key, value)
+    )
+    global_query, global_key, global_value = (
+        x.unflatten(1, (blocks.num_rows, -1)) for x in (global_query, global_key, global_value)
+    )  # (H, B, G, D)
+    global_context = global_attention(
+        global_query, global_key, global_value, text_key, text_value, blocks, pattern, dropout
+    )
+    sparse = None
+    if pattern.sparsity_type is not None:
+        first_query = text_query.unflatten(1, (-1, pattern.block_size))[None, :, blocks.first_of_row(), 0]
+        sparse = select_sparse_tokens(
+            first_query, text_key[None], text_value[None], blocks.visible[None, None], pattern, projections
+        )
+    query_blocks = text_query.unflatten(1, (-1, pattern.block_size))  # (H, N, W, D)
+    keys = global_key, text_key, sparse and sparse.key[0]
+    values = global_value, text_value, sparse and sparse.value[0]
+    owners = key_owners(blocks, sparse, pattern)
+    if implementation == "flex_attention":
+        check_no_dropout(dropout)
+        text_context = flex_blocks(query_blocks, keys, values, owners, blocks.row, pattern)
+    else:
+        text_context = window_attention(
+            query_blocks, keys, values, owners, blocks.row, pattern, implementation, dropout
+        )
+    # Token by token in memory, as the output projection reads it.
+    parts = [x.movedim(0, 2).flatten(0, 1) for x in (global_context, text_context)]
+    return torch.cat(parts).transpose(0, 1)
+
+
+def chunks_pay(query: Tensor, implementation: str, dropout: float) -> bool:
+    """Whether to go through the blocks in chunks: on the CPU, where fresh memory is slow and a cache is large.
+
+    A compiler fuses by itself, and what dropout dropped cannot be computed again.
+    """
+    return (
+        query.device.type == "cpu" and implementation == "sdpa" and not dropout and not torch.compiler.is_compiling()
+    )
+
+
+def window_attention(
+    query: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    values: tuple[Tensor, Tensor, Tensor | None],
+    owners: tuple[Tensor, Tensor, Tensor | None],
+    row: Tensor,
+    pattern: LSGPattern,
+    implementation: str = "sdpa",
+    dropout: float = 0.0,
+) -> Tensor:
+    """The context of the blocks' queries, each block with a window of keys of its own; arguments as of `flex_blocks`."""
+    attend = partial(ATTENTION_FUNCTIONS[implementation], dropout=dropout)
+    seen = key_windows(window_sources(*owners, pattern, fill=-1), row, pattern) == row[:, None]  # (1 or H, N, K)
+    bias = visibility_bias(seen, query.dtype)[:, :, None]
+    key, value = window_sources(*keys, pattern), window_sources(*values, pattern)
+    if chunks_pay(query, implementation, dropout):
+        return ChunkedAttention.apply(attend, pattern, row, query, bias, *key, *value)
+    return attend(query, key_windows(key, row, pattern), key_windows(value, row, pattern), bias)
+
+
+def key_owners(
+    blocks: BlockList, sparse: SparseTokens | None, pattern: LSGPattern
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The row that each key is of, -1 for one that is not visible, int32, alike for all heads or not: of the global
+    tokens (1 or H, B, G), of the text (1 or H, T), and of the sparse tokens (1 or H, L) or None."""
+    row = blocks.row.to(torch.int32)
+
+    def owner(visible: Tensor, tokens_per_block: int) -> Tensor:
+        return torch.where(visible, row.repeat_interleave(tokens_per_block), -1)
+
+    of_text, of_sparse = owner(blocks.visible[None], pattern.block_size), None
+    if sparse is not None:
+        of_sparse = owner(sparse.visible[0], pattern.sparse_per_block)
+        of_text = of_text.expand(of_sparse.shape[0], -1)
+    of_globals = torch.arange(blocks.num_rows, dtype=torch.int32, device=row.device)[None, :, None]
+    return of_globals.expand(of_text.shape[0], -1, pattern.num_global_tokens), of_text, of_sparse
+
+
+def check_no_dropout(dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f'`attention_probs_dropout_prob` is {dropout}: `attn_implementation="flex_attention"` has no dropout of '
+            'attention weights. Set it to 0, or use "sdpa".'
+        )
+
+
+def global_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    blocks: BlockList,
+    pattern: LSGPattern,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The context of the global tokens, which attend to all tokens of their row.
+
+    The softmax is put together from parts of a row, so that rows of different lengths need no padding.
+
+    Args:
+        query, key: (H, B, G, D) of the global tokens.
+        value: (H, B, G, E).
+        text_key, text_value: (H, N * W, D) and (H, N * W, E).
+        blocks, pattern, dropout: as in `block_attention`.
+
+    Returns:
+        (H, B, G, E).
+    """
+    dtype = at_least_float32(query)
+    query = query / math.sqrt(query.shape[-1])
+    row, length = blocks.segments()  # Z segments of I tokens
+    text_key, text_value = (x.unflatten(1, (-1, length)) for x in (text_key, text_value))  # (H, Z, I, ...)
+    scores = (query @ key.mT).to(dtype)  # (H, B, G, G)
+    text_scores = (query[:, row] @ text_key.mT).to(dtype)  # (H, Z, G, I)
+    text_scores = text_scores.masked_fill(~blocks.visible.unflatten(0, (-1, 1, length)), -math.inf)
+    with torch.no_grad():  # the softmax does not depend on what is subtracted
+        peak, text_peak = scores.amax(-1), text_scores.amax(-1)
+        peak = peak.scatter_reduce(1, row[None, :, None].expand_as(text_peak), text_peak, "amax")
+    weights = (scores - peak[..., None]).exp()
+    text_weights = (text_scores - peak[:, row, :, None]).exp()
+    total = weights.sum(-1).index_add(1, row, text_weights.sum(-1))
+    weights, text_weights = (F.dropout(x, dropout).to(value.dtype) for x in (weights, text_weights))
+    context = (weights @ value).to(dtype).index_add(1, row, (text_weights @ text_value).to(dtype))
+    return (context / total[..., None]).to(value.dtype)
 
 
 def lsg_attention(
@@ -96,59 +357,25 @@ def lsg_attention(
     implementation: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
-    """LSG attention of a whole sequence; plain full attention when two blocks hold its text.
+    """LSG attention of a batch of rows; plain full attention when two blocks hold their text.
 
     Args:
         query, key: (B, H, G + T, D). T is at most two blocks, or a multiple of the block size.
         value: (B, H, G + T, E).
         visible: (B, T) bool: which text tokens may be attended to.
-        pattern: which keys a query sees.
-        projections: of "lsh", see `select_sparse_tokens`.
-        implementation: a name in `ATTENTION_FUNCTIONS`.
-        dropout: the share of attention weights dropped.
+        pattern, projections, implementation, dropout: as in `block_attention`.
 
     Returns:
         The context, (B, H, G + T, E).
     """
-    attend = partial(ATTENTION_FUNCTIONS[implementation], dropout=dropout)
-    num_globals = pattern.num_global_tokens
-    seen_by_all = F.pad(visible, (num_globals, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
     if visible.shape[1] <= 2 * pattern.block_size:
-        return attend(query, key, value, seen_by_all)
-    global_context = attend(query[:, :, :num_globals], key, value, seen_by_all)
-    text_context = text_attention(query[:, :, num_globals:], key, value, visible, pattern, projections, attend)
-    return torch.cat([global_context, text_context], dim=2)
-
-
-def text_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    pattern: LSGPattern,
-    projections: tuple[Tensor, ...],
-    attend: Callable[..., Tensor],
-) -> Tensor:
-    """The context of the text queries (B, H, T, D), block by block: (B, H, T, E). The rest as in `lsg_attention`."""
-    num_heads, block_size = query.shape[1], pattern.block_size
-    visible = visible[:, None]  # (B, 1, T), or (B, H, T) once a selection tells the heads apart
-    global_key, text_key = key.tensor_split([pattern.num_global_tokens], dim=2)
-    global_value, text_value = value.tensor_split([pattern.num_global_tokens], dim=2)
-    sparse_key = sparse_value = sparse_visible = None
-    if pattern.sparsity_type is not None:
-        sparse_key, sparse_value, sparse_visible = select_sparse_tokens(
-            query, text_key, text_value, visible, pattern, projections
-        )
-        visible = visible.expand(-1, sparse_visible.shape[1], -1)
-    global_visible = visible.new_ones(*visible.shape[:2], pattern.num_global_tokens)
-    seen = key_windows(global_visible, visible, sparse_visible, pattern)  # (B, 1 or H, N, K)
-    context = attend(
-        query.unflatten(2, (-1, block_size)).flatten(1, 2),  # (B, H * N, W, D)
-        key_windows(global_key, text_key, sparse_key, pattern).flatten(1, 2),  # (B, H * N, K, D)
-        key_windows(global_value, text_value, sparse_value, pattern).flatten(1, 2),
-        seen.expand(-1, num_heads, -1, -1).flatten(1, 2)[:, :, None],  # (B, H * N, 1, K)
-    )
-    return context.unflatten(1, (num_heads, -1)).flatten(2, 3)
+        seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
+        bias = visibility_bias(seen_by_all, query.dtype)
+        return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
+    blocks = list_blocks(visible, pattern.block_size)
+    query, key, value = (blocks.pack(x.transpose(1, 2)).transpose(0, 1) for x in (query, key, value))
+    context = block_attention(query, key, value, blocks, pattern, projections, implementation, dropout)
+    return blocks.unpack(context.transpose(0, 1)).transpose(1, 2)
 
 
 def lsg_attention_map(

@@ -46,6 +46,11 @@ class LSGPattern:
         return self.block_size // self.sparsity_factor
 
     @property
+    def sparse_reach(self) -> int:
+        """Sparse tokens from the edge of those that stand for a block to the far end of what it sees on that side."""
+        return self.sparse_per_block + self.sparse_block_size
+
+    @property
     def chunk_size(self) -> int:
         """Tokens per chunk of "norm" and "lsh"."""
         return min(self.block_size, self.sparse_block_size)
@@ -67,7 +72,7 @@ class SparseTokens(NamedTuple):
 
 
 def select_sparse_tokens(
-    query: Tensor,
+    first_query: Tensor,
     key: Tensor,
     value: Tensor,
     visible: Tensor,
@@ -77,7 +82,8 @@ def select_sparse_tokens(
     """Select or build the sparse tokens of every row and head.
 
     Args:
-        query: (B, H, T, D) queries of the text; only "bos_pooling" reads them, and of those the first.
+        first_query: (B, H, T / block_size, D), for each block the query of the first token of its text; only
+            "bos_pooling" reads it.
         key: (B, H, T, D); T is a multiple of `pattern.block_size`.
         value: (B, H, T, E).
         visible: (B, 1, T) bool, True = may be attended to.
@@ -102,7 +108,7 @@ def select_sparse_tokens(
         if kind == "pooling":
             weights, visible = mean_weights(visible, factor, at_least_float32(key))
         elif kind in ("bos_pooling", "lsh"):  # "lsh" with a factor of `sparse_block_size` is the same thing
-            weights, visible = first_query_weights(query[:, :, :1], key, visible, factor)
+            weights, visible = first_query_weights(first_query, key, visible, factor)
         else:
             raise ValueError(f"`sparsity_type` {kind!r} is unknown.")
         return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
@@ -126,8 +132,13 @@ def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, 
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Take the tokens `index` (B, H, L) of `x` (B, H, T, D) -> (B, H, L, D)."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    """Take the tokens `index` (B, H, L) of `x` (B, H, T, D) -> (B, H, L, D), token by token in memory."""
+    batch_size, num_heads, length, width = x.shape
+    first = torch.arange(batch_size, device=x.device)[:, None, None] * length
+    head = torch.arange(num_heads, device=x.device)
+    rows = (first + index.transpose(1, 2)) * num_heads + head  # (B, L, H)
+    taken = x.transpose(1, 2).reshape(-1, width).index_select(0, rows.flatten())
+    return taken.unflatten(0, rows.shape).transpose(1, 2)
 
 
 def strided(key: Tensor, value: Tensor, visible: Tensor, factor: int, run: int) -> SparseTokens:
@@ -150,9 +161,10 @@ def mean_weights(visible: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Softmax weights (B, H, C, W) of each chunk's visible tokens for one query (B, H, 1, D); as `mean_weights`."""
+    """Softmax weights (B, H, C, W) of each chunk's visible tokens for its block's query (B, H, N, D)."""
     dtype = at_least_float32(key)
-    scores = (key.to(dtype) @ query.to(dtype).mT).squeeze(-1) / math.sqrt(key.shape[-1])  # (B, H, T)
+    key_blocks = key.to(dtype).unflatten(2, (query.shape[2], -1))  # (B, H, N, T / N, D)
+    scores = (key_blocks @ query.to(dtype)[..., None]).flatten(2) / math.sqrt(key.shape[-1])  # (B, H, T)
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
     return scores.unflatten(2, (-1, factor)).softmax(-1), visible.unflatten(2, (-1, factor)).any(-1)
 

@@ -1,7 +1,7 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import lsg_attention, lsg_attention_map
+from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
+from .lsg_blocks import BlockList, list_blocks
 from .lsg_sparsity import LSGPattern, hash_projections
 
 # Before 4.53 transformers has no such class; its models call the checkpointing function themselves.
@@ -39,8 +40,12 @@ except ImportError:
             return super().__call__(*args, **kwargs)
 
 
-# The same function, but one fused kernel in place of a chain of eight.
-_FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
+CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
+
+TANH_GELUS = (
+    "gelu_new",
+    "gelu_pytorch_tanh",
+)  # the same function; the second is one kernel, the first a chain of eight
 
 
 @dataclass
@@ -91,7 +96,37 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
 
 def get_activation(name: str) -> nn.Module:
     """The activation of transformers with that name, which the configuration has checked."""
-    return ACT2FN[_FUSED_ACTIVATIONS.get(name, name)]
+    return ACT2FN[TANH_GELUS[-1] if name in TANH_GELUS else name]
+
+
+def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
+    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product, for a third of its time.
+
+    It can for a plain linear layer that nobody listens to, in inference on the CPU. torch.compile fuses by itself.
+    """
+    is_plain = (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter  # no quantized or sharded tensor
+        and type(x) is Tensor
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    )
+    is_busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (
+        is_plain
+        and not (is_busy or is_traced)
+        and x.device.type == "cpu"
+        and x.dtype == linear.weight.dtype
+        and x.dtype in fused_gelu_dtypes()
+    )
+
+
+@cache
+def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that this build of torch and this processor have the fused kernel for."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return ()
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 class LSGAlbertEmbeddings(nn.Module):
@@ -149,40 +184,45 @@ class LSGAlbertAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        visible: Tensor,
+        visible: Tensor | BlockList,
         pattern: LSGPattern,
         projections: tuple[Tensor, ...] = (),
         map_size: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, and add to what came in.
+        """Attend.
 
         Args:
-            hidden_states: (batch, globals + length, hidden).
-            visible: (batch, length) bool, which text tokens may be attended to.
+            hidden_states: (batch, globals + length, hidden), or (tokens, hidden) listed by blocks.
+            visible: (batch, length) bool, which text tokens may be attended to; of listed tokens, their blocks.
             pattern: which keys a query sees.
             projections: of "lsh".
             map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
 
         Returns:
-            The new states, and the map (batch, heads, map_size, map_size) or None. The states are computed from the
-            map where there is one, so that gradients reach it; dropout then falls on its weights.
+            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) or None. The
+            context is computed from the map where there is one, so that gradients reach it; dropout then falls on its
+            weights.
         """
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
             for projection in (self.query, self.key, self.value)
-        )  # (batch, heads, globals + length, head_size)
+        )  # ([batch,] heads, tokens, head_size)
         implementation = self.config._attn_implementation
         check_attn_implementation(implementation)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         attention_map = None
         if map_size is None:
-            context = lsg_attention(query, key, value, visible, pattern, projections, implementation, dropout)
+            attention = block_attention if isinstance(visible, BlockList) else lsg_attention
+            context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
         else:
             attention_map = lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size]
             context = F.dropout(attention_map, dropout) @ value[:, :, :map_size]
             context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
-        context = self.output_dropout(self.dense(context.transpose(1, 2).flatten(2)))
-        return self.LayerNorm(hidden_states + context), attention_map
+        return context.transpose(-3, -2).flatten(-2), attention_map
+
+    def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
+        return self.LayerNorm(hidden_states + self.output_dropout(self.dense(context)))
 
 
 class LSGAlbertLayer(GradientCheckpointingLayer):
@@ -196,19 +236,36 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = get_activation(config.hidden_act)
+        self.is_tanh_gelu = config.hidden_act in TANH_GELUS
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As `LSGAlbertAttention.forward`."""
-        hidden_states, attention_map = self.attention(hidden_states, *args, **kwargs)
-        output = self.feed_forward(hidden_states)
-        return self.full_layer_layer_norm(output + hidden_states), attention_map
+        """The new states and the map; arguments as in `LSGAlbertAttention.forward`."""
+        context, attention_map = self.attention(hidden_states, *args, **kwargs)
+        size = self.chunk_size(hidden_states)
+        chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
+        states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
+        return states[0] if len(states) == 1 else torch.cat(states, dim=-2), attention_map
+
+    def chunk_size(self, hidden_states: Tensor) -> int:
+        """How many tokens to take at a time after the attention, where no token needs another.
+
+        As many as `chunk_size_feed_forward` says; without it, on the CPU, as many as fit its cache, unless autograd
+        keeps them all, or a compiler is at work.
+        """
+        if self.chunk_size_feed_forward:
+            return self.chunk_size_feed_forward
+        is_free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return CPU_CHUNK_TOKENS if is_free and hidden_states.device.type == "cpu" else hidden_states.shape[-2]
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, hidden) -> the same shape, in chunks of `chunk_size_feed_forward` tokens where it is set."""
-        if self.chunk_size_feed_forward and hidden_states.shape[1] > self.chunk_size_feed_forward:
-            chunks = hidden_states.split(self.chunk_size_feed_forward, dim=1)
-            return torch.cat([self.feed_forward(chunk) for chunk in chunks], dim=1)
-        return self.ffn_output(self.activation(self.ffn(hidden_states)))
+        """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
+        if self.is_tanh_gelu and can_fuse_gelu(self.ffn, hidden_states):
+            weights = self.ffn.weight, self.ffn.bias
+            activated = torch.ops.mkldnn._linear_pointwise(hidden_states, *weights, "gelu", [], "tanh")
+        else:
+            activated = self.activation(self.ffn(hidden_states))
+        output = self.ffn_output(activated)
+        return self.full_layer_layer_norm(output + hidden_states)
 
 
 class LSGAlbertLayerGroup(nn.Module):
@@ -233,6 +290,7 @@ class LSGAlbertEncoder(nn.Module):
             sparsity_factor=config.sparsity_factor,
             lsh_num_pre_rounds=config.lsh_num_pre_rounds,
         )
+        self.reads_padding = False  # whether something computes with the outputs of padding
         self.is_seeded = config.lsh_seed is not None
         if self.is_seeded:
             # As integers of the same bits, or `model.half()` would round them.
@@ -260,21 +318,37 @@ class LSGAlbertEncoder(nn.Module):
         """
         num_tokens, length = embeddings.shape[1], visible.shape[1]
         padding = self.adaptive_padding(length)
-        states = self.embedding_hidden_mapping_in(F.pad(embeddings, (0, 0, 0, padding)))
+        embeddings = F.pad(embeddings, (0, 0, 0, padding))
         visible = F.pad(visible, (0, padding), value=False)
+        in_blocks = visible.shape[1] > 2 * self.pattern.block_size and not output_attentions
+        if in_blocks:
+            visible = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible))
+            embeddings = visible.pack(embeddings)
+        states = self.embedding_hidden_mapping_in(embeddings)
         text_states, attention_maps = [], []
         projections = iter(self.projections_of_calls())
         for group_index in self.group_of_layer():
             if output_hidden_states:
                 # Put together again, so that the part which is returned is what the next layer reads: it has a gradient.
-                parts = states.tensor_split([num_tokens - length, num_tokens], dim=1)
+                rows = visible.unpack(states) if in_blocks else states
+                parts = rows.tensor_split([num_tokens - length, num_tokens], dim=1)
                 text_states.append(parts[1])
-                states = torch.cat(parts, dim=1)
+                rows = torch.cat(parts, dim=1)
+                states = visible.pack(rows) if in_blocks else rows
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
                 states, attention_map = layer(states, visible, self.pattern, next(projections), map_size)
                 attention_maps.append(attention_map)
-        return states[:, :num_tokens], text_states, attention_maps
+        rows = visible.unpack(states) if in_blocks else states
+        return rows[:, :num_tokens], text_states, attention_maps
+
+    def treatment_of_padding(self, visible: Tensor) -> str:
+        """What `list_blocks` does with blocks of padding. How many there are depends on the data, which a compiler
+        does not know."""
+        if self.reads_padding or not self.config.pack_padding:
+            return "keep"
+        is_compiled = torch.compiler.is_compiling() or self.config._attn_implementation == "flex_attention"
+        return "blank" if is_compiled or torch.jit.is_tracing() or visible.is_meta else "drop"
 
     def adaptive_padding(self, length: int) -> int:
         """How many tokens of padding the blocks need behind a text of `length` tokens.
@@ -332,6 +406,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _no_split_modules = ["LSGAlbertLayer"]  # for `device_map="auto"`
     _supports_param_buffer_assignment = False  # transformers 4.4x would part the two names of the decoder's bias
     # A file may hold a pooler that a head does not have, and, if it is old, the positions' buffer.
@@ -359,6 +434,8 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     ) -> LSGAlbertConfig:
         # Of the releases we try only 4.44 and 4.48 call this. For flash attention they send the user to the authors.
         check_attn_implementation("flash_attention_2" if use_flash_attention_2 else config._attn_implementation)
+        if config._attn_implementation == "flex_attention":  # the older does not know it
+            return config
         return super()._autoset_attn_implementation(config, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -791,6 +868,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.albert.encoder.reads_padding = True  # its loss is a softmax over all tokens, padding included
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 

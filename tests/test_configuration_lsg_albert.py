@@ -43,7 +43,7 @@ BAD_VALUES = [
     ("num_global_tokens", 513),
     *[
         (field, value)
-        for field in ("mask_first_token", "pool_with_global", "adaptive", "pass_global_tokens_to_decoder")
+        for field in ("mask_first_token", "pool_with_global", "adaptive", "pack_padding", "pass_global_tokens_to_decoder")
         for value in (None, 1, "true")
     ],
     *[(field, value) for field in ("lsh_num_pre_rounds", "lsg_num_pre_rounds") for value in (-1, 1.5, "1", None)],
@@ -329,7 +329,7 @@ def test_tokenizer_is_alberts_where_nothing_else_is_said(tiny_config):
     assert tiny_config(tokenizer_class="BertTokenizer").tokenizer_class == "BertTokenizer"
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", "sdpaa", 3])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flax_attention", "sdpaa", 3])
 def test_attention_that_lsg_has_not_is_refused(tiny_config, implementation):
     for make in (
         lambda: tiny_config(attn_implementation=implementation),

@@ -403,7 +403,7 @@ def test_attention_can_be_chosen_in_every_way(repository, implementation):
     torch.testing.assert_close(first_output(models["keyword"]), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flex_attention", "sdpaa"])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "flax_attention", "sdpaa"])
 def test_attention_that_lsg_has_not_is_refused_in_every_way(repository, implementation):
     def config():
         return LSGAlbertConfig.from_pretrained(repository)

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from lsg_albert import lsg_attention as lsg_attention_module
 from lsg_albert.lsg_attention import (
     ATTENTION_FUNCTIONS,
-    block_windows,
     eager_attention,
+    key_windows,
     lsg_attention,
     lsg_attention_map,
     sdpa_attention,
+    visibility_bias,
+    window_sources,
 )
 from lsg_albert.lsg_sparsity import LSGPattern, hash_projections
 from oracle import oracle_attention
@@ -60,9 +63,15 @@ def from_oracle(pattern, query, key, value, visible):
     )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@pytest.fixture(params=[1, 2**22], ids=["one_block_chunks", "one_chunk"])
+def chunk_bytes(request, monkeypatch):
+    """How the blocks are gone through on the CPU: one by one, or all of the small ones here at once."""
+    monkeypatch.setattr(lsg_attention_module, "CHUNK_BYTES", request.param)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.sampled_from(sorted(ATTENTION_FUNCTIONS)))
-def test_context_and_map_are_the_oracles(case, implementation):
+def test_context_and_map_are_the_oracles(chunk_bytes, case, implementation):
     pattern, query, key, value, visible = case
     projections = draw_projections(pattern, key)
     context = lsg_attention(query, key, value, visible, pattern, projections, implementation)
@@ -72,9 +81,9 @@ def test_context_and_map_are_the_oracles(case, implementation):
     torch.testing.assert_close(attention_map, expected_map, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases(), st.sampled_from(sorted(ATTENTION_FUNCTIONS)))
-def test_gradients_are_the_oracles(case, implementation):
+def test_gradients_are_the_oracles(chunk_bytes, case, implementation):
     pattern, *inputs, visible = case
     cotangent = torch.randn_like(inputs[2])
 
@@ -181,28 +190,44 @@ def test_eager_and_sdpa_agree_also_without_visible_text():
     visible[..., 0] = True
     expected = value[:, :, :1].expand_as(value)
     for attention in (eager_attention, sdpa_attention):
-        torch.testing.assert_close(attention(query, key, value, visible), expected)
+        torch.testing.assert_close(attention(query, key, value, visibility_bias(visible, query.dtype)), expected)
 
 
 def test_dropout_drops_and_keeps_the_mean():
     query, key = torch.zeros(2, 1, 1, 400, 4)
     visible = torch.ones(1, 1, 1, 400, dtype=torch.bool)
     for attention in (eager_attention, sdpa_attention):
-        weights = attention(query, key, torch.eye(400)[None, None], visible, dropout=0.25)
+        weights = attention(
+            query, key, torch.eye(400)[None, None], visibility_bias(visible, query.dtype), dropout=0.25
+        )
         assert 0.24 < (weights == 0).float().mean() < 0.26
         assert abs(weights.sum(-1).mean() - 1) < 0.01
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(-9, 9), st.integers(1, 12))
-def test_block_windows_hold_the_slices_they_name(length, num_blocks, step, start, size):
-    x = torch.arange(1, length + 1)[None, None]
-    windows = block_windows(x, num_blocks, step, start, size)
-    assert windows.shape == (1, 1, num_blocks, size)
-    for i in range(num_blocks):
-        first = i * step + start
-        expected = [j + 1 if 0 <= j < length else 0 for j in range(first, first + size)]
-        assert windows[0, 0, i].tolist() == expected
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.data())
+def test_key_windows_hold_the_slices_they_name(num_blocks, step, factor, size, is_sparse, data):
+    """Every token is its own number, and those beyond the ends are 0; any part of the blocks has the same windows."""
+    block = step * factor
+    pattern = LSGPattern(1, block, "stride" if is_sparse else None, size, factor)
+    text = torch.arange(1, num_blocks * block + 1)[None]
+    sparse = 1000 + torch.arange(1, num_blocks * step + 1)[None] if is_sparse else None
+    sources = window_sources(torch.tensor([[[-5], [-6]]]), text, sparse, pattern)
+    row = torch.arange(num_blocks) // 3
+    first = data.draw(st.integers(0, num_blocks - 1))
+    last = data.draw(st.integers(first + 1, num_blocks))
+    windows = key_windows(sources.part(first, last, pattern), row[first:last], pattern)
+
+    def within(x, start, stop):
+        return [x[0, j].item() if 0 <= j < x.shape[1] else 0 for j in range(start, stop)]
+
+    for i in range(first, last):
+        expected = [-5 if i < 3 else -6]
+        if is_sparse:
+            expected += within(sparse, (i - 1) * step - size, (i - 1) * step)
+            expected += within(sparse, (i + 2) * step, (i + 2) * step + size)
+        expected += within(text, (i - 1) * block, (i + 2) * block)
+        assert windows[0, i - first].tolist() == expected
 
 
 def test_time_and_memory_shapes_are_linear_in_the_length():

@@ -113,7 +113,7 @@ def test_one_bucket_takes_all_and_an_odd_last_one_stays_empty():
 
 
 def test_a_factor_of_one_keeps_everything():
-    query, key, value = torch.randn(3, 2, 3, 8, 4)
+    query, (key, value) = torch.randn(2, 3, 2, 4), torch.randn(2, 2, 3, 8, 4)
     visible = torch.rand(2, 1, 8) < 0.5
     for kind in ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"):
         chosen = select_sparse_tokens(query, key, value, visible, LSGPattern(1, 4, kind, 4, 1))
