@@ -1,0 +1,194 @@
+"""Measure what the project has set itself as targets on the CPU, and say which are met.
+
+    python -m benchmarks.targets --name targets
+    python -m benchmarks.targets --name trial --groups forward-float32,padding-forward
+
+Run from the repository's root. The numbers are medians of ratios within interleaved rounds, as in `benchmarks.speed`.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.cases import Case, Result, memory_ratio, time_ratio
+from benchmarks.contestants import OTHER_SELECTIONS
+from benchmarks.runner import Store, Workers, describe_machine, run_groups, write_atomically
+from benchmarks.speed import (
+    add_plan_arguments,
+    count_calls,
+    describe,
+    describe_plan,
+    format_bytes,
+    format_seconds,
+    make_plan,
+    table,
+)
+
+# Documents of one batch, in tokens; for models of the size "tiny" a 32nd of them.
+DOCUMENTS = (300, 500, 700, 900, 1300, 1900, 2800, 4096)
+TINY_DIVISOR = 32
+# The padded batch has 32,768 positions: the activations of all 12 layers do not fit into 24 GiB for a backward pass.
+# All layers are the same, so that the ratios are nearly those of the whole model.
+BACKWARD_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to stay below.
+
+    Args:
+        group: targets of one group are measured together, interleaved.
+        text: what the number is.
+        limit: the target.
+        numerators, denominators: cases whose times are added up and divided.
+        quantity: "time", or "memory": the peak beyond the weights, of one case each.
+    """
+
+    group: str
+    text: str
+    limit: float
+    numerators: tuple[Case, ...]
+    denominators: tuple[Case, ...]
+    quantity: str = "time"
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return self.numerators + self.denominators
+
+
+def make_targets(divisor: int = 1) -> list[Target]:
+    """The targets of the project; all lengths are divided by `divisor`."""
+    short, middle, long = (length // divisor for length in (512, 4096, 16384))
+
+    def case(name: str, mode: str = "forward", dtype: str = "float32", length: int = middle) -> tuple[Case, ...]:
+        return (Case(name, mode, (length,), dtype),)
+
+    targets = []
+    for dtype, limits in (("float32", (1.40, 0.62, 0.60)), ("bfloat16", (2.0, 0.35, 0.42))):
+        for peer, limit in zip(("floor", "albert-sdpa", "longformer"), limits, strict=True):
+            text = f"forward, {middle}, {dtype}: time / {peer}"
+            pair = case("ours", dtype=dtype), case(peer, dtype=dtype)
+            targets.append(Target(f"forward-{dtype}", text, limit, *pair))
+    step = case("ours", "training"), case("albert-sdpa", "training")
+    text = f"training step, {middle}, float32"
+    targets += [
+        Target("training", f"{text}: time / albert-sdpa", 0.62, *step),
+        Target("training", f"{text}: peak memory / albert-sdpa", 1.0, *step, "memory"),
+    ]
+    growth = case("ours", length=long), case("ours")
+    text = f"forward, float32, {long} against {middle}"
+    targets += [
+        Target("growth", f"{text}: time", 4.3, *growth),
+        Target("growth", f"{text}: peak memory beyond the weights", 4.2, *growth, "memory"),
+    ]
+    pair = case("ours", length=short), case("albert-sdpa", length=short)
+    targets.append(Target("short", f"forward, {short}, float32: time / albert-sdpa", 1.0, *pair))
+    for kind in OTHER_SELECTIONS:
+        pair = case(f"ours-{kind}"), case("ours")
+        text = f"forward, {middle}, float32: time of {kind} / norm"
+        targets.append(Target("selections", text, 1.15, *pair))
+    for mode, layers in (("forward", None), ("backward", BACKWARD_LAYERS)):
+        lengths = tuple(max(1, length // divisor) for length in DOCUMENTS)
+        batch, padded = ((Case(name, mode, lengths, layers=layers),) for name in ("ours", "ours-unpacked"))
+        single = tuple(Case("ours", mode, (length,), layers=layers) for length in lengths)
+        text = f"{mode}, batch of {len(lengths)} documents of {lengths[0]} to {lengths[-1]}, float32"
+        text += "" if layers is None else f", {layers} layers"
+        targets += [
+            Target(f"padding-{mode}", f"{text}: time / sum of the documents one by one", 1.15, batch, single),
+            Target(f"padding-{mode}", f"{text}: time / batch that is not packed", 0.55, batch, padded),
+        ]
+    return targets
+
+
+def make_groups(targets: Iterable[Target]) -> dict[str, list[Case]]:
+    """The cases of each group, each once, in the order of the targets."""
+    groups: dict[str, dict[Case, None]] = {}
+    for target in targets:
+        groups.setdefault(target.group, {}).update(dict.fromkeys(target.cases))
+    return {name: list(cases) for name, cases in groups.items()}
+
+
+def measured_value(target: Target, results: dict[Case, Result]) -> float | None:
+    """The number that the target is about; None if one of its cases failed."""
+    numerators, denominators = (
+        [results[case] for case in cases] for cases in (target.numerators, target.denominators)
+    )
+    if target.quantity == "memory":
+        return memory_ratio(numerators[0], denominators[0])
+    return time_ratio(numerators, denominators)
+
+
+def target_row(target: Target, results: dict[Case, Result]) -> list[str]:
+    value = measured_value(target, results)
+    if value is None:
+        errors = [results[case].error for case in target.cases if results[case].error is not None]
+        reason = errors[0].replace("|", "/") if errors else "peak memory is not known here"
+        return [target.text, "failed", f"<= {target.limit:.2f}", f"not met ({reason})"]
+    verdict = "met" if value <= target.limit else "**not met**"
+    return [target.text, f"{value:.3f}", f"<= {target.limit:.2f}", verdict]
+
+
+def report(targets: list[Target], results: dict[str, list[Result]], machine: dict, settings: dict) -> str:
+    """The targets that were measured and the times behind them, in Markdown. `results` are those of each group."""
+    measured = [target for target in targets if target.group in results]
+    by_group = {name: {result.case: result for result in group} for name, group in results.items()}
+    rows = [target_row(target, by_group[target.group]) for target in measured]
+    parts = ["# Targets on the CPU\n", describe(machine, settings)]
+    parts += [table(["case", "measured", "target", ""], rows)]
+    parts += [
+        "Times are medians; ratios are medians of the ratios within the interleaved rounds (n of them). Peak memory is "
+        "that of a call beyond the weights and all else that was there before it.\n"
+    ]
+    for name, group in results.items():
+        rows = [result_cells(result) for result in group]
+        parts += [f"## {name}\n", table(["case", "median", "fastest - slowest", "n", "peak GiB"], rows)]
+    return "\n".join(parts)
+
+
+def result_cells(result: Result) -> list[str]:
+    name = str(result.case)
+    if len(set(result.case.lengths)) > 1:
+        name += f", documents of {', '.join(map(str, result.case.lengths))}"
+    if result.error is not None:
+        return [name, "**failed**", result.error.replace("|", "/"), "", ""]
+    fastest, slowest = map(format_seconds, result.spread)
+    cells = [format_seconds(result.median), f"{fastest} - {slowest}", count_calls(result)]
+    return [name, *cells, format_bytes(result.peak_bytes)]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="targets", help="of the reports (default: targets)")
+    known = list(make_groups(make_targets()))
+    parser.add_argument(
+        "--groups", type=lambda text: text.split(","), default=",".join(known),
+        help=f"of targets, with commas (default: all: {', '.join(known)})",
+    )  # fmt: skip
+    add_plan_arguments(parser, rounds=5, budget=300)
+    args = parser.parse_args(argv)
+    unknown = set(args.groups) - set(known)
+    if unknown:
+        parser.error(f"there is no group {', '.join(unknown)}; there are {', '.join(known)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    args = parse_args(argv)
+    targets = make_targets(TINY_DIVISOR if args.size == "tiny" else 1)
+    groups = {name: cases for name, cases in make_groups(targets).items() if name in args.groups}
+    # The same model for all groups, whichever of them are asked for.
+    plan = make_plan(args, positions=max(max(case.lengths) for target in targets for case in target.cases))
+    machine = describe_machine("cpu", args.threads)
+    settings = describe_plan(args, plan)
+    print(describe(machine, settings))
+    store = Store(args.results / f"{args.name}.json", machine, settings)
+    with Workers(plan) as workers:
+        run_groups(workers, store, groups)
+    text = report(targets, store.groups, machine, settings)
+    write_atomically(args.results / f"{args.name}.md", text)
+    print("\n" + text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The process of one contestant: it builds the model, checks what comes out, and times and measures single calls."""
+
+import contextlib
+import ctypes
+import gc
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from benchmarks.cases import Case, Size
+from benchmarks.contestants import WrongOutput, find_contestant
+
+LABELLED = 0.15  # the share of tokens that the masked-LM loss is taken of
+IGNORED = -100
+FIRST_WORD = 5  # smaller ids are the special tokens of one model or another
+MEMORY_RESERVE = 2**29  # bytes that a case leaves to the rest of the machine
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is started with: the contestant's name, the sizes, the longest input in tokens, and the threads."""
+
+    contestant: str
+    size: Size
+    positions: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model: its time in seconds, and the peak memory beyond that before it (see `Result`)."""
+
+    seconds: float
+    peak_bytes: int | None
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker answers when a request fails."""
+
+    error: str
+
+
+def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, Tensor]:
+    """Random inputs of a case, the same for every contestant, on the case's device.
+
+    Args:
+        case: the lengths of the documents, the mode (training has labels) and the device.
+        size: the vocabulary and the width of the embeddings.
+        takes: see `Contestant`.
+
+    Returns:
+        The keyword arguments of the model. There is a mask only where documents differ in length.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if takes == "embeddings":
+        batch, length = case.shape
+        embeddings = torch.randn(batch * length, size.embedding, generator=generator)
+        embeddings = embeddings.to(case.device, getattr(torch, case.dtype))
+        # In a model the embeddings have a gradient.
+        return {"embeddings": embeddings.requires_grad_(case.mode != "forward")}
+    input_ids = torch.randint(FIRST_WORD, size.vocabulary, case.shape, generator=generator)
+    real = torch.arange(case.shape[1]) < torch.tensor(case.lengths)[:, None]
+    inputs = {"input_ids": input_ids.masked_fill(~real, 0)}
+    if not real.all():
+        inputs["attention_mask"] = real.long()
+    if case.mode == "training":
+        labelled = (torch.rand(case.shape, generator=generator) < LABELLED) & real
+        labelled[:, 0] = True  # or a tiny input may have none
+        inputs["labels"] = input_ids.masked_fill(~labelled, IGNORED)
+    return {name: tensor.to(case.device) for name, tensor in inputs.items()}
+
+
+def make_model(setup: Setup, case: Case) -> nn.Module:
+    """The contestant's model, with random weights of the case's dtype, on its device, in its mode."""
+    contestant = find_contestant(setup.contestant)
+    torch.manual_seed(0)
+    size = setup.size if case.layers is None else replace(setup.size, layers=case.layers)
+    model = contestant.make(size, setup.positions, case.mode)
+    model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode != "forward")
+    if contestant.compiled:
+        model.compile(dynamic=False)  # for the shape at hand, as someone who trains on one would
+    return model
+
+
+def run_model(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Tensor:
+    """What is timed. The states (batch, length, hidden) of a forward pass, or the loss after its backward pass."""
+    if mode == "forward":
+        with torch.no_grad():
+            return model(**inputs).last_hidden_state
+    loss = model(**inputs).loss if mode == "training" else loss_of_states(model, inputs)
+    loss.backward()
+    return loss.detach()
+
+
+def loss_of_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The mean over all real tokens of their states in some direction."""
+    states = model(**inputs).last_hidden_state
+    if "attention_mask" in inputs:
+        states = states[inputs["attention_mask"].bool()]
+    return (states @ torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype, device=states.device)).mean()
+
+
+def clear_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    model.zero_grad(set_to_none=True)
+    for tensor in inputs.values():
+        tensor.grad = None
+
+
+def check_outputs(output: Tensor, model: nn.Module, inputs: dict[str, Tensor], mode: str, size: Size) -> None:
+    """Raise `WrongOutput` unless the output and all gradients are finite and the shape is right."""
+    shape = (*next(iter(inputs.values())).shape[: 2 if "input_ids" in inputs else 1], size.hidden)
+    if mode == "forward" and output.shape != shape:
+        raise WrongOutput(f"the output has the shape {tuple(output.shape)}, not {shape}")
+    if not output.isfinite().all():
+        raise WrongOutput("the output is not finite")
+    if mode != "forward":
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if not gradients:
+            raise WrongOutput("no parameter has a gradient")
+        wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        if wrong:
+            raise WrongOutput(f"gradients that are not finite: {', '.join(wrong[:3])}")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bytes_of_weights(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def process_status(field: str) -> int | None:
+    """Bytes of a field of Linux' /proc/self/status, such as VmRSS (resident), VmHWM (its peak) or VmData."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.split() for line in lines if line.startswith(f"{field}:")]
+    return int(values[0][1]) * 1024 if values else None
+
+
+class Memory:
+    """Peak memory beyond a base: of this process on the CPU, of torch's allocator on a GPU; None where unknown."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.base = self._now()
+
+    def _now(self) -> int | None:
+        return torch.cuda.memory_allocated() if self.device == "cuda" else process_status("VmRSS")
+
+    def reset_peak(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+
+    def peak_beyond_base(self) -> int | None:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.base
+        peak = process_status("VmHWM")
+        if peak is None or self.base is None:
+            # Not Linux: the peak since the process began, which was the longest case until now.
+            return None
+        return max(0, peak - self.base)
+
+
+def free_memory() -> None:
+    """Give back what nobody uses, to the machine too, so that the next case begins as this one did."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # of glibc alone
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def limit_memory() -> None:
+    """Let this process have no more memory than there is: torch then reports what it could not get, instead of the
+    kernel killing this process or another."""
+    available = available_memory()
+    used = process_status("VmData")
+    if available is None or used is None:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + max(0, available - MEMORY_RESERVE), hard))
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, by Linux' account."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class Measuring:
+    """The state of a worker: one model at a time, and the inputs and memory of the cases that are being measured."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.contestant = find_contestant(setup.contestant)
+        self.checked = False
+        self.model_key: tuple | None = None
+        self.model: nn.Module | None = None
+        self.inputs: dict[Case, dict[str, Tensor]] = {}
+        self.memory: dict[Case, Memory] = {}
+
+    def prepare(self, case: Case) -> Call:
+        """The first call of a case, which warms up and whose outputs are checked."""
+        if case.device == "cpu":
+            limit_memory()
+        if not self.checked and self.contestant.check is not None:
+            self.contestant.check(self.setup.size, case.device)
+        self.checked = True
+        key = (case.mode, case.dtype, case.device, case.layers)
+        if key != self.model_key:
+            self.forget_model()
+            self.model = make_model(self.setup, case)
+            self.model_key = key
+        if self.contestant.before_case is not None:
+            self.contestant.before_case(self.model)
+        self.inputs[case] = make_inputs(case, self.setup.size, self.contestant.takes)
+        free_memory()
+        self.memory[case] = Memory(case.device)
+        if self.contestant.compiles:
+            self.measure(case)
+        call = self.measure(case, check=True)
+        # The base again, now that it holds what libraries have kept for good: that is not this case's.
+        free_memory()
+        self.memory[case] = Memory(case.device)
+        return call
+
+    def measure(self, case: Case, check: bool = False) -> Call:
+        """One call: from inputs that lie on the device to outputs that are there, in training to cleared gradients."""
+        model, inputs, memory = self.model, self.inputs[case], self.memory[case]
+        if len(self.inputs) > 1:
+            free_memory()  # what another case has left in the process would count as this one's
+        memory.reset_peak()
+        synchronize(case.device)
+        with self.contestant.context():
+            start = time.perf_counter()
+            output = run_model(model, inputs, case.mode)
+            synchronize(case.device)
+            seconds = time.perf_counter() - start
+        peak_bytes = memory.peak_beyond_base()
+        if check:
+            check_outputs(output, model, inputs, case.mode, self.setup.size)
+        clear_gradients(model, inputs)
+        return Call(seconds, peak_bytes, bytes_of_weights(model))
+
+    def finish(self, case: Case) -> None:
+        """Free what belongs to a case; the model stays for the next one."""
+        self.inputs.pop(case, None)
+        self.memory.pop(case, None)
+        if self.model is not None:
+            self.model.zero_grad(set_to_none=True)
+        free_memory()
+
+    def forget_model(self) -> None:
+        self.model = self.model_key = None
+        free_memory()
+
+
+def short_text(error: BaseException) -> str:
+    """The kind of an error and the beginning of its text, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}".rstrip(": ")
+
+
+def serve(connection: Connection, setup: Setup) -> None:
+    """Answer requests (name of a method of `Measuring`, case) until the other end hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
+    gc.freeze()  # the libraries' objects stay for good: without them collecting garbage takes no time
+    torch.set_num_threads(setup.threads)
+    logging.set_verbosity_error()
+    measuring = None
+    for request, case in _requests(connection):
+        try:
+            measuring = measuring or Measuring(setup)
+            answer = getattr(measuring, request)(case)
+        except Exception as error:  # whatever it is, it is reported as this contestant's failure
+            answer = Failure(short_text(error))
+        if isinstance(answer, Failure) and measuring is not None:
+            measuring.finish(case)
+        connection.send(answer)
+
+
+def _requests(connection: Connection) -> Iterator[tuple[str, Case]]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield connection.recv()
