@@ -12,7 +12,14 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("configuration_lsg_albert.py", "lsg_attention.py", "lsg_sparsity.py", "modeling_lsg_albert.py")
+CODE = (
+    "configuration_lsg_albert.py",
+    "lsg_attention.py",
+    "lsg_compat.py",
+    "lsg_decoder.py",
+    "lsg_sparsity.py",
+    "modeling_lsg_albert.py",
+)
 TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 
 # Without a terminal a question of "run remote code?" fails, and so does whatever reaches for the network.
