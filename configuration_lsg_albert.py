@@ -148,6 +148,7 @@ class LSGAlbertConfig(PretrainedConfig):
     """
 
     model_type = "albert"
+    keys_to_ignore_at_inference = ["past_key_values"]  # `Trainer` collects all other outputs
     attribute_map = {"lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 
     def __init__(

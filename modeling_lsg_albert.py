@@ -1,7 +1,6 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,12 @@ from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_sparsity import LSGPattern, hash_projections
 
 logger = logging.get_logger(__name__)
+
+# What `generate` hands on from step to step for the encoder, or for itself, and not for the decoder.
+_USED_BY_GENERATE = {
+    "inputs_embeds", "token_type_ids", "position_ids", "labels",
+    "cache_position", "next_sequence_length", "is_first_iteration",
+}  # fmt: skip
 
 # The same function, but one fused kernel in place of a chain of eight.
 _FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
@@ -445,8 +450,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
 
     def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True, is_encoder_decoder: bool = False):
         super().__init__(config, is_encoder_decoder)
-        self.embeddings = LSGAlbertEmbeddings(config)
-        self.encoder = LSGAlbertEncoder(config)
+        self.embeddings = LSGAlbertEmbeddings(self.config)
+        self.encoder = LSGAlbertEncoder(self.config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
 
@@ -774,11 +779,10 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         if past_key_values is not None:
             past_key_values = as_encoder_decoder_cache(past_key_values)
             past_length = past_key_values.self_attention_cache.get_seq_length()
-        encoder_inputs = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-        known = inspect.signature(self.forward).parameters.keys() - {*encoder_inputs, "labels"}
+        forwarded = {name: value for name, value in kwargs.items() if name not in _USED_BY_GENERATE}
         return {
-            **{name: value for name, value in kwargs.items() if name in known},
-            "decoder_input_ids": input_ids[:, past_length:],
+            **forwarded,
+            "decoder_input_ids": input_ids[:, past_length:].contiguous(),
             "past_key_values": past_key_values,
         }
 
@@ -845,21 +849,17 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
                 input_ids, attention_mask, token_type_ids, position_ids, None, inputs_embeds,
                 output_attentions, output_hidden_states, return_dict=True,
             )  # fmt: skip
-        encoder_states = None
-        if cached_states is None:
-            encoder_states = self._states_for_decoder(encoder_outputs)
-            batch_size, num_keys = encoder_states.shape[:2]
-        else:
-            batch_size, num_keys = len(cached_states[0]), cached_states[0].shape[2]
-        encoder_visible = self._encoder_visibility(attention_mask, batch_size, num_keys, self.device)
+        encoder_states = self._states_for_decoder(encoder_outputs) if cached_states is None else None
+        keys = encoder_states if cached_states is None else cached_states[0][:, 0]  # (batch, keys, ...)
+        encoder_visible = self._encoder_visibility(attention_mask, keys)
 
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._default_decoder_input_ids(input_ids, labels, cache)
         past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
         self._check_decoder_inputs(
-            decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, labels, batch_size, past_length
+            decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, labels, len(keys), past_length
         )
-        visible = None if decoder_attention_mask is None else decoder_attention_mask.to(self.device, torch.bool)
+        visible = None if decoder_attention_mask is None else decoder_attention_mask.to(keys.device, torch.bool)
         wants_states = output_hidden_states is not None and output_hidden_states is not False
         states, all_states, self_maps, cross_maps = self.decoder(
             self.albert, decoder_input_ids, decoder_inputs_embeds, visible, encoder_states, encoder_visible,
@@ -899,15 +899,14 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
             )
         return torch.cat([global_states, text_states], dim=1)
 
-    def _encoder_visibility(
-        self, attention_mask: Tensor | None, batch_size: int, num_keys: int, device: torch.device
-    ) -> Tensor:
-        """Which of the encoder's states may be attended to, (batch, keys) bool; all of them in a row without any."""
+    def _encoder_visibility(self, attention_mask: Tensor | None, keys: Tensor) -> Tensor:
+        """Which of the encoder's states (batch, keys, ...) may be attended to, (batch, keys) bool; all of them in a
+        row without any real token or global token."""
         if attention_mask is None:
-            return torch.ones(batch_size, num_keys, dtype=torch.bool, device=device)
+            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         num_globals = self.albert.embeddings.num_global_tokens if self.config.pass_global_tokens_to_decoder else 0
-        check_mask("attention_mask", attention_mask, (batch_size, num_keys - num_globals))
-        visible = F.pad(attention_mask.to(device, torch.bool), (num_globals, 0), value=True)
+        check_mask("attention_mask", attention_mask, (len(keys), keys.shape[1] - num_globals))
+        visible = F.pad(attention_mask.to(keys.device, torch.bool), (num_globals, 0), value=True)
         return visible | ~visible.any(1, keepdim=True)
 
     def _default_decoder_input_ids(self, input_ids: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
@@ -951,7 +950,7 @@ def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
     if isinstance(encoder_outputs, ModelOutput):
         return encoder_outputs
     last_hidden_state, *others = encoder_outputs
-    global_states = others[-1] if others and isinstance(others[-1], Tensor) else None
+    global_states = others[-1] if others and isinstance(others[-1], Tensor) and others[-1].ndim == 3 else None
     # Of states and maps either may be missing; states have three dimensions, and unselected ones are None.
     layers = {
         "attentions" if x[-1] is not None and x[-1].ndim == 4 else "hidden_states": x
