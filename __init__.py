@@ -2,6 +2,7 @@
 
 from .configuration_lsg_albert import LSGAlbertConfig
 from .modeling_lsg_albert import (
+    LSGAlbertForConditionalGeneration,
     LSGAlbertForMaskedLM,
     LSGAlbertForMultipleChoice,
     LSGAlbertForPreTraining,
@@ -15,6 +16,7 @@ from .modeling_lsg_albert import (
 __version__ = "0.1.0"
 __all__ = [
     "LSGAlbertConfig",
+    "LSGAlbertForConditionalGeneration",
     "LSGAlbertForMaskedLM",
     "LSGAlbertForMultipleChoice",
     "LSGAlbertForPreTraining",

@@ -20,6 +20,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_lsg_albert.LSGAlbertModel",
     "AutoModelForPreTraining": "modeling_lsg_albert.LSGAlbertForPreTraining",
     "AutoModelForMaskedLM": "modeling_lsg_albert.LSGAlbertForMaskedLM",
+    "AutoModelForSeq2SeqLM": "modeling_lsg_albert.LSGAlbertForConditionalGeneration",
     "AutoModelForSequenceClassification": "modeling_lsg_albert.LSGAlbertForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_lsg_albert.LSGAlbertForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_lsg_albert.LSGAlbertForQuestionAnswering",
@@ -47,10 +48,19 @@ _INTEGER_FIELDS = {
     "pad_token_id": (0, None),
     "bos_token_id": (0, None),
     "eos_token_id": (0, None),
+    "decoder_start_token_id": (0, None),
 }
-_NONE_ALLOWED = ("sparse_block_size", "lsh_seed", "pad_token_id", "bos_token_id", "eos_token_id")
+_NONE_ALLOWED = (
+    "sparse_block_size",
+    "lsh_seed",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
 _BOOLEANS = (
+    "use_cache",
     "tie_word_embeddings",
     "mask_first_token",
     "pool_with_global",
@@ -104,6 +114,10 @@ class LSGAlbertConfig(PretrainedConfig):
             `"absolute"` adds position embeddings. ALBERT's other values are accepted with a warning and add none.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to 0, 2, 3):
             Ids of the padding, beginning and end tokens.
+        decoder_start_token_id (`int`, *optional*):
+            Id that a decoder starts with; `None` means `bos_token_id`.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether a decoder returns the keys and values that the next token needs.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
@@ -131,13 +145,14 @@ class LSGAlbertConfig(PretrainedConfig):
         lsh_seed (`int`, *optional*, defaults to 0):
             Seed of the random projections of `"lsh"`; `None` draws them anew from torch's global generator.
         pass_global_tokens_to_decoder (`bool`, *optional*, defaults to `True`):
-            Whether a decoder also attends to the global tokens.
+            Whether a decoder also attends to the global tokens' last states, before the text's.
 
     Raises:
         ValueError: a field has an impossible value; the message names field, value and remedy.
     """
 
     model_type = "albert"
+    keys_to_ignore_at_inference = ["past_key_values"]  # `Trainer` collects all other outputs
     attribute_map = {"lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 
     def __init__(
@@ -162,6 +177,8 @@ class LSGAlbertConfig(PretrainedConfig):
         pad_token_id: int | None = 0,
         bos_token_id: int | None = 2,
         eos_token_id: int | None = 3,
+        decoder_start_token_id: int | None = None,
+        use_cache: bool = True,
         tie_word_embeddings: bool = True,
         block_size: int = 128,
         sparse_block_size: int | None = 128,
@@ -199,6 +216,8 @@ class LSGAlbertConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self.decoder_start_token_id = decoder_start_token_id
+        self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
 
         self.block_size = block_size
@@ -225,6 +244,8 @@ class LSGAlbertConfig(PretrainedConfig):
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
+            decoder_start_token_id=decoder_start_token_id,
+            use_cache=use_cache,
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
@@ -255,7 +276,9 @@ class LSGAlbertConfig(PretrainedConfig):
         self._check_sizes()
         self._check_sparsity()
         if getattr(self, "is_decoder", False):
-            raise ValueError("`is_decoder=True` is not supported: LSG-ALBERT is an encoder. Leave it out.")
+            raise ValueError(
+                "`is_decoder=True` is not supported: leave it out. LSGAlbertForConditionalGeneration has a decoder."
+            )
         if self.mask_first_token and not self.pool_with_global:
             logger.warning_once("`mask_first_token=True` needs `pool_with_global=True`, which is set.")
             self.pool_with_global = True

@@ -20,7 +20,10 @@ from . import modeling_lsg_albert
 from .checkpoint_files import ConversionError, SourceWeights, one_line
 from .configuration_lsg_albert import AUTO_MAP, LSGAlbertConfig
 
-ARCHITECTURES = tuple(path.split(".")[1] for auto, path in AUTO_MAP.items() if auto != "AutoConfig")
+# Not the sequence-to-sequence model, which transformers has nothing of to compare with; it loads from any of these.
+ARCHITECTURES = tuple(
+    path.split(".")[1] for auto, path in AUTO_MAP.items() if auto not in ("AutoConfig", "AutoModelForSeq2SeqLM")
+)
 BASE_PARTS = ("embeddings", "encoder", "pooler")
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # counted up by the model itself
 # Second names of one parameter, which files may hold or not.

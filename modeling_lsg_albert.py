@@ -1,51 +1,45 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
+import copy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
 from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
+from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached
+from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_sparsity import LSGPattern, hash_projections
 
-# Before 4.53 transformers has no such class; its models call the checkpointing function themselves.
-try:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-except ImportError:
+logger = logging.get_logger(__name__)
 
-    class GradientCheckpointingLayer(nn.Module):
-        """A layer that forgets its activations in training and computes them again for the backward pass."""
-
-        gradient_checkpointing = False
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if self.gradient_checkpointing and self.training:
-                return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
-            return super().__call__(*args, **kwargs)
-
+# What `generate` hands on from step to step for the encoder, or for itself, and not for the decoder.
+_USED_BY_GENERATE = {
+    "inputs_embeds", "token_type_ids", "position_ids", "labels",
+    "cache_position", "next_sequence_length", "is_first_iteration",
+}  # fmt: skip
 
 CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
 
-TANH_GELUS = (
-    "gelu_new",
-    "gelu_pytorch_tanh",
-)  # the same function; the second is one kernel, the first a chain of eight
+# The same function; the second is one kernel, the first a chain of eight.
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass
@@ -152,8 +146,21 @@ class LSGAlbertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
+        text = self.embed_text(input_ids, token_type_ids, position_ids, inputs_embeds)
+        global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=text.device))
+        global_tokens = global_tokens.to(text.dtype).expand(len(text), -1, -1)
+        return self.finish(torch.cat([global_tokens, text], dim=1))
+
+    def embed_text(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """The text alone, as a sum that `finish` is still to be applied to: (batch, length, embedding_size)."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, length = words.shape[:2]
+        length = words.shape[1]
         if token_type_ids is None:
             token_type_ids = torch.zeros(1, length, dtype=torch.long, device=words.device)
         text = words + self.token_type_embeddings(token_type_ids)
@@ -161,9 +168,11 @@ class LSGAlbertEmbeddings(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=words.device)[None]
             text = text + self.position_embeddings(position_ids)
-        global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=words.device))
-        global_tokens = global_tokens.to(text.dtype).expand(batch_size, -1, -1)
-        return self.dropout(self.LayerNorm(torch.cat([global_tokens, text], dim=1)))
+        return text
+
+    def finish(self, embeddings: Tensor) -> Tensor:
+        """Normalization and dropout."""
+        return self.dropout(self.LayerNorm(embeddings))
 
 
 class LSGAlbertAttention(nn.Module):
@@ -409,13 +418,13 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _no_split_modules = ["LSGAlbertLayer"]  # for `device_map="auto"`
     _supports_param_buffer_assignment = False  # transformers 4.4x would part the two names of the decoder's bias
-    # A file may hold a pooler that a head does not have, and, if it is old, the positions' buffer.
-    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids"]
+    # A file may hold a pooler or a decoder that a model does not have, and, if it is old, the positions' buffer.
+    _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"decoder\.cross_attentions\."]
 
-    def __init__(self, config: LSGAlbertConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: LSGAlbertConfig, is_encoder_decoder: bool = False):
         config.check_fields()  # fields may have been set since the configuration was made
         check_attn_implementation(config._attn_implementation)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config_for(config, is_encoder_decoder))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Switch between "sdpa" and "eager" at run time.
@@ -438,6 +447,40 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             return config
         return super()._autoset_attn_implementation(config, **kwargs)
 
+    def _check_given(
+        self, prefix: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, past_length: int = 0
+    ) -> tuple[int, int]:
+        """The batch size and length of ids or embeddings that are in order; `ValueError` for others.
+
+        `prefix` is put before their names; `past_length` tokens came before them.
+        """
+        name, given, num_dims = (
+            (f"{prefix}input_ids", input_ids, 2)
+            if inputs_embeds is None
+            else (f"{prefix}inputs_embeds", inputs_embeds, 3)
+        )
+        if given.ndim != num_dims:
+            shape = "(batch, length)" if num_dims == 2 else "(batch, length, embedding_size)"
+            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(given.shape)}.")
+        if inputs_embeds is not None and inputs_embeds.shape[2] != self.config.embedding_size:
+            raise ValueError(
+                f"`{name}` must have `embedding_size` ({self.config.embedding_size}) as its last dimension, got the "
+                f"shape {tuple(inputs_embeds.shape)}."
+            )
+        batch_size, length = given.shape[:2]
+        if length == 0:
+            raise ValueError(f"`{name}` has the length 0: give at least one token.")
+        limit = self.config.max_position_embeddings
+        if past_length + length > limit:
+            before = f" behind the {past_length} in `past_key_values`" if past_length else ""
+            raise ValueError(
+                f"`{name}` has {length} tokens{before}, but `max_position_embeddings` is {limit}. Truncate the text "
+                "(`truncation=True, max_length=...` in the tokenizer; a smaller `max_length` in `generate`), or convert "
+                "the checkpoint for more positions with `convert_albert_to_lsg.py` and a max length of at least "
+                f"{past_length + length}."
+            )
+        return batch_size, length
+
     def _init_weights(self, module: nn.Module) -> None:
         # Only torch.nn.init: transformers 5 replaces its functions by ones that leave loaded parameters alone.
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -455,6 +498,19 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             module.reset_projections()
 
 
+def config_for(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
+    """The configuration itself where it is right for an encoder-decoder model, or for an encoder, and else a copy that
+    is: whatever a checkpoint was saved from, each class can be loaded from it."""
+    start_token_id = config.decoder_start_token_id
+    if is_encoder_decoder and start_token_id is None:
+        start_token_id = config.bos_token_id
+    if (config.is_encoder_decoder, config.decoder_start_token_id) == (is_encoder_decoder, start_token_id):
+        return config
+    config = copy.deepcopy(config)
+    config.is_encoder_decoder, config.decoder_start_token_id = is_encoder_decoder, start_token_id
+    return config
+
+
 class LSGAlbertModel(LSGAlbertPreTrainedModel):
     """
     The bare encoder.
@@ -464,12 +520,14 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             Sizes and attention pattern.
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
             Whether `pooler_output` is computed.
+        is_encoder_decoder (`bool`, *optional*, defaults to `False`):
+            Whether it is part of an encoder-decoder model, whose configuration it then shares.
     """
 
-    def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True):
-        super().__init__(config)
-        self.embeddings = LSGAlbertEmbeddings(config)
-        self.encoder = LSGAlbertEncoder(config)
+    def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True, is_encoder_decoder: bool = False):
+        super().__init__(config, is_encoder_decoder)
+        self.embeddings = LSGAlbertEmbeddings(self.config)
+        self.encoder = LSGAlbertEncoder(self.config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
 
@@ -553,35 +611,21 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         """The batch size and length of inputs that are in order; `ValueError` for others."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        name, given, num_dims = (
-            ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+        shape = self._check_given("", input_ids, inputs_embeds)
+        if attention_mask is not None:
+            check_mask("attention_mask", attention_mask, shape)
+        return shape
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
+    """`ValueError` for an attention mask of another shape than (batch, length), or of another kind than 0 and 1."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"`{name}` must have the shape (batch, length) = {shape}, with 1 for real tokens and 0 for masked ones, "
+            f"got the shape {tuple(mask.shape)}."
         )
-        if given.ndim != num_dims:
-            shape = "(batch, length)" if num_dims == 2 else "(batch, length, embedding_size)"
-            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(given.shape)}.")
-        if inputs_embeds is not None and inputs_embeds.shape[2] != self.config.embedding_size:
-            raise ValueError(
-                f"`inputs_embeds` must have `embedding_size` ({self.config.embedding_size}) as its last dimension, "
-                f"got the shape {tuple(inputs_embeds.shape)}."
-            )
-        batch_size, length = given.shape[:2]
-        if length == 0:
-            raise ValueError(f"`{name}` has the length 0: give at least one token.")
-        limit = self.config.max_position_embeddings
-        if length > limit:
-            raise ValueError(
-                f"`{name}` has {length} tokens, but `max_position_embeddings` is {limit}. Truncate the text "
-                "(`truncation=True, max_length=...` in the tokenizer), or convert the checkpoint for more positions "
-                f"with `convert_albert_to_lsg.py` and a max length of at least {length}."
-            )
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, length):
-            raise ValueError(
-                f"`attention_mask` must have the shape (batch, length) = {(batch_size, length)}, with 1 for real "
-                f"tokens and 0 for masked ones, got the shape {tuple(attention_mask.shape)}."
-            )
-        if attention_mask is not None and has_other_than_0_and_1(attention_mask):
-            raise ValueError("`attention_mask` must hold 1 for real tokens and 0 for masked ones, got other values.")
-        return batch_size, length
+    if has_other_than_0_and_1(mask):
+        raise ValueError(f"`{name}` must hold 1 for real tokens and 0 for masked ones, got other values.")
 
 
 def has_other_than_0_and_1(mask: Tensor) -> bool:
@@ -678,7 +722,7 @@ class LSGAlbertForPreTraining(_WithMLMHead):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(config)
+        self.albert = LSGAlbertModel(self.config)
         self.predictions = LSGAlbertMLMHead(config)
         self.sop_classifier = LSGAlbertSOPHead(config)
         self.post_init()
@@ -727,7 +771,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False)
         self.predictions = LSGAlbertMLMHead(config)
         self.post_init()
 
@@ -762,13 +806,243 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         return output if return_dict else output.to_tuple()
 
 
+class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
+    """
+    A sequence-to-sequence model. Its decoder is the encoder's embeddings and layers once more, with causal
+    self-attention and a cross-attention put into each layer, see [`LSGAlbertDecoder`]; its head is that of the masked
+    language model. Any checkpoint of an ALBERT or LSG-ALBERT holds all of it but the cross-attention, which starts as
+    a copy of the self-attention.
+    """
+
+    _supports_cache_class = True  # of transformers 4.4x
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__(config, is_encoder_decoder=True)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, is_encoder_decoder=True)
+        self.decoder = LSGAlbertDecoder(self.config)
+        self.predictions = LSGAlbertMLMHead(self.config)
+        self.post_init()
+        self.decoder.copy_self_attentions(self.albert.encoder.albert_layer_groups)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in `PreTrainedModel`, and what an encoder's checkpoint lacks is filled in: cross-attentions that the
+        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
+        model.decoder.copy_self_attentions(model.albert.encoder.albert_layer_groups, missing)
+        for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(model.generation_config, name) is None:
+                setattr(model.generation_config, name, getattr(model.config, name))
+        return (model, info) if output_loading_info else model
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> LSGAlbertModel:
+        return self.albert
+
+    def get_decoder(self) -> LSGAlbertDecoder:
+        return self.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels (batch, length), -100 where there is none -> the decoder's inputs (batch, length)."""
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `forward` for one step of `generate`: the decoder's tokens `input_ids` (batch, length) that
+        are not in the cache yet, and the encoder's outputs in place of its inputs."""
+        past_length = 0
+        if past_key_values is not None:
+            past_key_values = as_encoder_decoder_cache(past_key_values)
+            past_length = past_key_values.self_attention_cache.get_seq_length()
+        forwarded = {name: value for name, value in kwargs.items() if name not in _USED_BY_GENERATE}
+        return {
+            **forwarded,
+            "decoder_input_ids": input_ids[:, past_length:].contiguous(),
+            "past_key_values": past_key_values,
+        }
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> tuple | Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds, token_type_ids, position_ids (*optional*):
+                The encoder's inputs, as in [`LSGAlbertModel`].
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+                The decoder's tokens, behind those in `past_key_values`. By default `labels`, or else `input_ids`, one
+                place to the right behind `decoder_start_token_id`.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`, *optional*):
+                1 for real tokens of the decoder, 0 for padding, which may stand on either side.
+            encoder_outputs (`LSGAlbertModelOutput` or `tuple`, *optional*):
+                What the encoder returned, in place of its inputs. `attention_mask` still says what is padding.
+            past_key_values (`EncoderDecoderCache`, *optional*):
+                Keys and values of the tokens before, as returned. Where it holds those of the encoder's states,
+                neither the encoder's inputs nor its outputs are needed.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, embedding_size)`, *optional*):
+                Embeddings in place of `decoder_input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+                Ids that the decoder is to predict, -100 where there is none.
+            use_cache (`bool`, *optional*):
+                Whether to return `past_key_values`; never with labels or in training with gradient checkpointing.
+            output_attentions, output_hidden_states, return_dict (*optional*):
+                As in [`LSGAlbertModel`], for both encoder and decoder. The maps of cross-attention have a column for
+                each global token first, with `pass_global_tokens_to_decoder`.
+
+        Raises:
+            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
+        if use_cache and self.training and self.decoder.layer.gradient_checkpointing:
+            logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
+            use_cache = False
+        cache = as_encoder_decoder_cache(past_key_values) if use_cache or past_key_values is not None else None
+        cached_states = None if cache is None else cached(cache.cross_attention_cache, 0)
+
+        if encoder_outputs is not None:
+            encoder_outputs = as_model_output(encoder_outputs)
+        elif cached_states is None:
+            encoder_outputs = self.albert(
+                input_ids, attention_mask, token_type_ids, position_ids, None, inputs_embeds,
+                output_attentions, output_hidden_states, return_dict=True,
+            )  # fmt: skip
+        encoder_states = self._states_for_decoder(encoder_outputs) if cached_states is None else None
+        keys = encoder_states if cached_states is None else cached_states[0][:, 0]  # (batch, keys, ...)
+        encoder_visible = self._encoder_visibility(attention_mask, keys)
+
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self._default_decoder_input_ids(input_ids, labels, cache)
+        past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
+        self._check_decoder_inputs(
+            decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, labels, len(keys), past_length
+        )
+        visible = None if decoder_attention_mask is None else decoder_attention_mask.to(keys.device, torch.bool)
+        wants_states = output_hidden_states is not None and output_hidden_states is not False
+        states, all_states, self_maps, cross_maps = self.decoder(
+            self.albert, decoder_input_ids, decoder_inputs_embeds, visible, encoder_states, encoder_visible,
+            cache, output_attentions, wants_states,
+        )  # fmt: skip
+        logits = self.predictions(states)
+        encoder_outputs = encoder_outputs or LSGAlbertModelOutput()
+        output = Seq2SeqLMOutput(
+            loss=None if labels is None else token_loss(logits, labels),
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            decoder_hidden_states=select_states([*all_states, states], output_hidden_states),
+            decoder_attentions=tuple(self_maps) if output_attentions else None,
+            cross_attentions=tuple(cross_maps) if output_attentions else None,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _states_for_decoder(self, encoder_outputs: ModelOutput) -> Tensor:
+        """The states that the decoder attends to, (batch, keys, hidden): with `pass_global_tokens_to_decoder` those of
+        the global tokens, then the text's."""
+        text_states = encoder_outputs.last_hidden_state
+        if not self.config.pass_global_tokens_to_decoder:
+            return text_states
+        global_states = encoder_outputs.get("global_hidden_states")
+        if global_states is None:
+            raise ValueError(
+                "`encoder_outputs` has no `global_hidden_states`, which the decoder attends to: give all that "
+                "`get_encoder()` returns, or set `pass_global_tokens_to_decoder=False` in the config."
+            )
+        if len(global_states) != len(text_states):
+            raise ValueError(
+                f"`encoder_outputs` has `global_hidden_states` of {len(global_states)} rows and a `last_hidden_state` "
+                f"of {len(text_states)}: give the same batch for both."
+            )
+        return torch.cat([global_states, text_states], dim=1)
+
+    def _encoder_visibility(self, attention_mask: Tensor | None, keys: Tensor) -> Tensor:
+        """Which of the encoder's states (batch, keys, ...) may be attended to, (batch, keys) bool; all of them in a
+        row without any real token or global token."""
+        if attention_mask is None:
+            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        num_globals = self.albert.embeddings.num_global_tokens if self.config.pass_global_tokens_to_decoder else 0
+        check_mask("attention_mask", attention_mask, (len(keys), keys.shape[1] - num_globals))
+        visible = F.pad(attention_mask.to(keys.device, torch.bool), (num_globals, 0), value=True)
+        return visible | ~visible.any(1, keepdim=True)
+
+    def _default_decoder_input_ids(self, input_ids: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
+        """What the decoder reads where nothing is given to it."""
+        given = input_ids if labels is None else labels
+        if given is None or (cache is not None and cache.self_attention_cache.get_seq_length() > 0):
+            raise ValueError(
+                "The decoder has no inputs: give `decoder_input_ids` or `decoder_inputs_embeds`, or, at the start of a "
+                "text, `labels` or `input_ids` that they can be made from."
+            )
+        return self.prepare_decoder_input_ids_from_labels(given)
+
+    def _check_decoder_inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        batch_size: int,
+        past_length: int,
+    ) -> None:
+        """`ValueError` for inputs of the decoder that are not in order, or not of the encoder's batch."""
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("Give `decoder_input_ids` or `decoder_inputs_embeds`, not both.")
+        shape = self._check_given("decoder_", input_ids, inputs_embeds, past_length)
+        name = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
+        if shape[0] != batch_size:
+            raise ValueError(
+                f"`{name}` has a batch of {shape[0]}, but that of the encoder is {batch_size}: they must be the same."
+            )
+        if labels is not None and tuple(labels.shape) != shape:
+            raise ValueError(
+                f"`labels` must have the shape of `{name}`, (batch, length) = {shape}, got {tuple(labels.shape)}."
+            )
+        if attention_mask is not None:
+            check_mask("decoder_attention_mask", attention_mask, (batch_size, past_length + shape[1]))
+
+
+def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
+    """The encoder's outputs by name, also where they come as the tuple that `return_dict=False` gives."""
+    if isinstance(encoder_outputs, ModelOutput):
+        return encoder_outputs
+    last_hidden_state, *others = encoder_outputs
+    global_states = others[-1] if others and isinstance(others[-1], Tensor) and others[-1].ndim == 3 else None
+    # Of states and maps either may be missing; states have three dimensions, and unselected ones are None.
+    layers = {
+        "attentions" if x[-1] is not None and x[-1].ndim == 4 else "hidden_states": x
+        for x in others
+        if isinstance(x, (tuple, list)) and x
+    }
+    return LSGAlbertModelOutput(last_hidden_state, global_hidden_states=global_states, **layers)
+
+
 class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
     """A classifier, or a regression, of whole documents."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(config)
+        self.albert = LSGAlbertModel(self.config)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -825,7 +1099,7 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -867,7 +1141,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(config, add_pooling_layer=False)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False)
         self.albert.encoder.reads_padding = True  # its loss is a softmax over all tokens, padding included
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
@@ -920,7 +1194,7 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(config)
+        self.albert = LSGAlbertModel(self.config)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -978,6 +1252,7 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 LSGAlbertModel.register_for_auto_class("AutoModel")
 LSGAlbertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 LSGAlbertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LSGAlbertForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 LSGAlbertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 LSGAlbertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 LSGAlbertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")

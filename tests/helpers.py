@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
-    "configuration_lsg_albert.py", "lsg_attention.py", "lsg_blocks.py", "lsg_flex.py", "lsg_sparsity.py",
-    "modeling_lsg_albert.py",
+    "configuration_lsg_albert.py", "lsg_attention.py", "lsg_blocks.py", "lsg_compat.py", "lsg_decoder.py", "lsg_flex.py",
+    "lsg_sparsity.py", "modeling_lsg_albert.py",
 )  # fmt: skip
 TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 

@@ -284,3 +284,92 @@ def oracle_encoder(
     if "pooler.weight" in weights:
         output["pooler_output"] = torch.tanh(linear(hidden_states[-1][:, 0], "pooler"))
     return output
+
+
+def oracle_decoder(
+    state_dict: dict[str, Tensor],
+    config: dict | SimpleNamespace,
+    encoder: dict[str, Tensor | list[Tensor]],
+    *,
+    attention_mask: Tensor | None = None,
+    decoder_input_ids: Tensor,
+    decoder_attention_mask: Tensor | None = None,
+) -> dict[str, Tensor | list[Tensor]]:
+    """The decoder of LSGAlbertForConditionalGeneration and its head by the definition, in float64.
+
+    One query at a time, over an explicit list of what it sees: of the decoder's tokens itself and the real ones before
+    it, of the encoder's the global tokens (if they are passed on) and the real ones. A token's position is the number
+    of real tokens before it.
+
+    Args:
+        state_dict: the model's names ("albert.embeddings.word_embeddings.weight", "decoder.cross_attentions...", ...).
+        config: a dict, or anything with the fields as attributes.
+        encoder: what `oracle_encoder` returned. attention_mask: (batch, T) of its inputs.
+        decoder_input_ids, decoder_attention_mask: (batch, t).
+
+    Returns:
+        logits (batch, t, V); hidden_states, the mapped embeddings and then each of the num_hidden_layers steps, (batch,
+        t, D); attentions and cross_attentions, one map per layer, (batch, heads, t, t) and (batch, heads, t, keys).
+    """
+    config = SimpleNamespace(**config) if isinstance(config, dict) else config
+    weights = {name: tensor.double() for name, tensor in state_dict.items()}
+    heads, (batch, t) = config.num_attention_heads, decoder_input_ids.shape
+    act = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}[config.hidden_act]
+    real = torch.ones(batch, t, dtype=torch.bool) if decoder_attention_mask is None else decoder_attention_mask.bool()
+    text = encoder["last_hidden_state"]
+    keys_real = torch.ones(text.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if config.pass_global_tokens_to_decoder:
+        text = torch.cat([encoder["global_hidden_states"], text], dim=1)
+        keys_real = F.pad(keys_real, (config.num_global_tokens, 0), value=True)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
+
+    def layer_norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], config.layer_norm_eps)
+
+    def attention(x: Tensor, states: Tensor, name: str, sees: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
+        query, key, value = (
+            linear(y, f"{name}.{part}").unflatten(-1, (heads, -1)).transpose(1, 2)  # (n, H, length, d)
+            for y, part in ((x, "query"), (states, "key"), (states, "value"))
+        )
+        weights_of = torch.zeros(batch, heads, t, states.shape[1], dtype=torch.float64)
+        context = torch.zeros_like(query)
+        for n in range(batch):
+            for h in range(heads):
+                for i in range(t):
+                    seen = sees[n][i]
+                    scores = key[n, h, seen] @ query[n, h, i] / math.sqrt(query.shape[-1])
+                    weights_of[n, h, i, seen] = scores.softmax(0)
+                    context[n, h, i] = scores.softmax(0) @ value[n, h, seen]
+        return layer_norm(
+            x + linear(context.transpose(1, 2).flatten(2), name + ".dense"), name + ".LayerNorm"
+        ), weights_of
+
+    sees_self = [[[*[j for j in range(i) if real[n, j]], i] for i in range(t)] for n in range(batch)]
+    sees_text = [[keys_real[n].nonzero().flatten().tolist()] * t for n in range(batch)]
+    positions = torch.tensor([[max(0, int(real[n, : i + 1].sum()) - 1) for i in range(t)] for n in range(batch)])
+
+    table = "albert.embeddings.{}_embeddings.weight".format
+    x = weights[table("word")][decoder_input_ids] + weights[table("token_type")][0]
+    if getattr(config, "position_embedding_type", "absolute") == "absolute":
+        x = x + weights[table("position")][positions]
+    x = linear(layer_norm(x, "albert.embeddings.LayerNorm"), "albert.encoder.embedding_hidden_mapping_in")
+    states, attentions, cross_attentions = [x], [], []
+    for step in range(config.num_hidden_layers):
+        group = step * config.num_hidden_groups // config.num_hidden_layers
+        for inner in range(config.inner_group_num):
+            name = f"albert.encoder.albert_layer_groups.{group}.albert_layers.{inner}."
+            x, weights_of = attention(x, x, name + "attention", sees_self)
+            attentions.append(weights_of)
+            x, weights_of = attention(x, text, f"decoder.cross_attentions.{group}.{inner}", sees_text)
+            cross_attentions.append(weights_of)
+            x = layer_norm(
+                x + linear(act(linear(x, name + "ffn")), name + "ffn_output"), name + "full_layer_layer_norm"
+            )
+        states.append(x)
+    logits = layer_norm(act(linear(x, "predictions.dense")), "predictions.LayerNorm")
+    logits = F.linear(logits, weights[table("word")], weights["predictions.bias"])
+    return {
+        "logits": logits, "hidden_states": states, "attentions": attentions, "cross_attentions": cross_attentions,
+    }  # fmt: skip
