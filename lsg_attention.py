@@ -25,7 +25,7 @@ from .lsg_flex import flex_blocks
 from .lsg_sparsity import LSGPattern, SparseTokens, at_least_float32, select_sparse_tokens
 
 MAP_COLUMNS = 512  # columns of an attention map computed at a time, which bounds the memory beside the map's own
-CHUNK_BYTES = 2**22  # about so many bytes of keys are copied into windows at a time: they stay in the cache
+CHUNK_BYTES = 2**23  # about so many bytes of keys are copied into windows at a time: they stay in the cache
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
@@ -334,7 +334,7 @@ def global_attention(
     row, length = blocks.segments()  # Z segments of I tokens
     text_key, text_value = (x.unflatten(1, (-1, length)) for x in (text_key, text_value))  # (H, Z, I, ...)
     scores = (query @ key.mT).to(dtype)  # (H, B, G, G)
-    text_scores = (query[:, row] @ text_key.mT).to(dtype)  # (H, Z, G, I)
+    text_scores = (text_key @ query[:, row].mT).mT.to(dtype)  # (H, Z, G, I); the other way round copies the keys
     text_scores = text_scores.masked_fill(~blocks.visible.unflatten(0, (-1, 1, length)), -math.inf)
     with torch.no_grad():  # the softmax does not depend on what is subtracted
         peak, text_peak = scores.amax(-1), text_scores.amax(-1)

@@ -48,7 +48,7 @@ def test_parameters_are_listed_with_their_defaults():
     listed = {row[0].strip("`"): row[1].strip("`").strip('"') for row in table_under("Parameters")}
     assert {name: str(defaults[name]) for name in listed} == listed
     ours = {*defaults} & {"block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens"}
-    ours |= {"mask_first_token", "pool_with_global", "adaptive", "lsh_num_pre_rounds", "lsh_seed"}
+    ours |= {"mask_first_token", "pool_with_global", "adaptive", "pack_padding", "lsh_num_pre_rounds", "lsh_seed"}
     assert ours | {"pass_global_tokens_to_decoder", "max_position_embeddings"} == listed.keys()
 
 
