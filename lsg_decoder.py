@@ -281,8 +281,12 @@ class LSGAlbertDecoder(nn.Module):
             layer_groups: the encoder's.
             names: of the parameters to be written, as in the state dict of this module; None for all.
         """
-        for name, parameter in self.named_parameters():
-            if names is None or name in names:
-                _, group, inner, *rest = name.split(".")
-                attention = layer_groups[int(group)].albert_layers[int(inner)].attention
-                parameter.copy_(attention.get_parameter(".".join(rest)))
+        for name, parameter in list(self.named_parameters()):
+            _, group, inner, *rest = name.split(".")
+            attention = layer_groups[int(group)].albert_layers[int(inner)].attention
+            source = attention.get_parameter(".".join(rest))
+            if parameter.is_meta and not source.is_meta:
+                # transformers 4.4x with `low_cpu_mem_usage=True` neither names it nor gives it values.
+                self.get_submodule(name.rpartition(".")[0]).register_parameter(rest[-1], nn.Parameter(source.clone()))
+            elif names is None or name in names:
+                parameter.copy_(source)

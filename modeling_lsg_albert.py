@@ -818,8 +818,9 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config, is_encoder_decoder=True)
-        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, is_encoder_decoder=True)
+        # First, or `device_map="auto"` takes it for `predictions.decoder` and looks for what that is tied to in vain.
         self.decoder = LSGAlbertDecoder(self.config)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, is_encoder_decoder=True)
         self.predictions = LSGAlbertMLMHead(self.config)
         self.post_init()
         self.decoder.copy_self_attentions(self.albert.encoder.albert_layer_groups)
@@ -850,17 +851,14 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The arguments of `forward` for one step of `generate`: the decoder's tokens `input_ids` (batch, length) that
-        are not in the cache yet, and the encoder's outputs in place of its inputs."""
-        past_length = 0
+        are not in the cache yet, or the last where only new ones are given, and the encoder's outputs in place of its
+        inputs."""
         if past_key_values is not None:
             past_key_values = as_encoder_decoder_cache(past_key_values)
-            past_length = past_key_values.self_attention_cache.get_seq_length()
+            num_new = input_ids.shape[1] - past_key_values.self_attention_cache.get_seq_length()
+            input_ids = input_ids[:, -max(1, num_new) :].contiguous()
         forwarded = {name: value for name, value in kwargs.items() if name not in _USED_BY_GENERATE}
-        return {
-            **forwarded,
-            "decoder_input_ids": input_ids[:, past_length:].contiguous(),
-            "past_key_values": past_key_values,
-        }
+        return {**forwarded, "decoder_input_ids": input_ids, "past_key_values": past_key_values}
 
     def forward(
         self,

@@ -444,6 +444,8 @@ def test_generate_is_told_what_is_not_in_the_cache_yet(model):
     step = model.prepare_inputs_for_generation(longer, past_key_values=cache, anything="else", **given, **used_up)
     assert step.keys() == {*given, "decoder_input_ids", "past_key_values", "anything"}
     assert torch.equal(step["decoder_input_ids"], tokens[:, :2]) and step["past_key_values"] is cache
+    only_new = model.prepare_inputs_for_generation(tokens[:, :1], past_key_values=cache, **given)
+    assert torch.equal(only_new["decoder_input_ids"], tokens[:, :1])
     first = model.prepare_inputs_for_generation(tokens, **given)
     assert torch.equal(first["decoder_input_ids"], tokens) and first["past_key_values"] is None
 
@@ -455,6 +457,7 @@ def test_generate_is_told_what_is_not_in_the_cache_yet(model):
 @pytest.mark.parametrize("name", [*ENCODERS, "LSGAlbertForConditionalGeneration"])
 def test_each_class_has_its_own_kind_of_config_and_alters_no_other(tiny_config, name, is_encoder_decoder):
     config = tiny_config(is_encoder_decoder=is_encoder_decoder)
+    config._attn_implementation_autoset = True  # which transformers 4.48 itself notes in a caller's config
     before = config.to_dict()
     model = getattr(lsg_albert, name)(config)
     is_seq2seq = name == "LSGAlbertForConditionalGeneration"
@@ -562,6 +565,18 @@ def test_one_missing_cross_attention_is_made_and_the_other_kept(tiny_config, tmp
     model.save_pretrained(tmp_path, state_dict=weights)
     loaded = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path)
     assert is_copy(loaded) == [False] * 10 + [True] * 10
+
+
+@pytest.mark.parametrize(
+    "options", [{"low_cpu_mem_usage": True}, {"device_map": "auto"}, {"torch_dtype": torch.bfloat16}], ids=str
+)
+def test_lean_loading_of_an_encoder_makes_the_cross_attention_too(tiny_config, tmp_path, options):
+    LSGAlbertForMaskedLM(tiny_config()).save_pretrained(tmp_path)
+    model = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path, **options)
+    assert all(is_copy(model)) and {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {p.dtype for p in model.parameters()} == {options.get("torch_dtype", torch.float32)}
+    assert model.predictions.decoder.weight is model.get_input_embeddings().weight
+    assert torch.isfinite(model(IDS).logits).all()
 
 
 def test_generation_config_is_saved_with_the_right_ids(tiny_config, tmp_path):

@@ -309,8 +309,8 @@ def test_gradient_checkpointing_and_bfloat16_train_the_same(tiny_config, tokeniz
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
         losses[checkpointing, bf16] = trainer.train().training_loss
-    assert losses[True, False] == pytest.approx(losses[False, False], abs=1e-4)
-    assert losses[True, True] == pytest.approx(losses[False, True], abs=1e-3)
+    assert losses[True, False] == pytest.approx(losses[False, False], abs=1e-3)
+    assert losses[True, True] == pytest.approx(losses[False, True], abs=1e-2)
     assert losses[False, True] == pytest.approx(losses[False, False], rel=0.05)
 
 
@@ -356,8 +356,9 @@ def test_pipelines_give_what_generate_gives(tiny_config, tmp_path, task, key):
     folder = write_repository(tmp_path / "repository", make(config))
     pipe = pipeline(task, model=str(folder), trust_remote_code=True, device="cpu")
     texts = ["A ship came home. " * 40, "A short text about a ship."]
-    answers = pipe(texts, max_length=12, min_length=3, batch_size=2)
+    options = {"max_new_tokens": 11, "num_beams": 1}  # the pipelines of some releases have their own defaults
+    answers = pipe(texts, batch_size=2, **options)
     for text, answer in zip(texts, answers, strict=True):
-        tokens = pipe.model.generate(**pipe.tokenizer(text, return_tensors="pt"), max_length=12, min_length=3)
+        tokens = pipe.model.generate(**pipe.tokenizer(text, return_tensors="pt"), **options)
         expected = pipe.tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert answer[key].strip() == expected.strip()
