@@ -258,17 +258,17 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
     def chunk_size(self, hidden_states: Tensor) -> int:
         """How many tokens to take at a time after the attention, where no token needs another.
 
-        As many as `chunk_size_feed_forward` says; without it, on the CPU, as many as fit its cache, unless autograd
-        keeps them all, or a compiler is at work.
+        As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
+        training: gradient checkpointing must compute what it did before, to the last bit.
         """
         if self.chunk_size_feed_forward:
             return self.chunk_size_feed_forward
-        is_free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        is_free = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         return CPU_CHUNK_TOKENS if is_free and hidden_states.device.type == "cpu" else hidden_states.shape[-2]
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
-        if self.is_tanh_gelu and can_fuse_gelu(self.ffn, hidden_states):
+        if self.is_tanh_gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
             weights = self.ffn.weight, self.ffn.bias
             activated = torch.ops.mkldnn._linear_pointwise(hidden_states, *weights, "gelu", [], "tanh")
         else:

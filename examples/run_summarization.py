@@ -55,9 +55,8 @@ FREE = {"output", "test_file", "limit_test", "beams", "no_repeat_ngrams", "eval_
 # Where releases of transformers differ.
 RELEASE = Version(transformers.__version__)
 TOKENIZER_ARGUMENT = "processing_class" if RELEASE >= Version("4.46") else "tokenizer"  # of the Trainer
-if RELEASE < Version(
-    "4.48"
-):  # to resume, they read NumPy's random state by `torch.load`, which PyTorch 2.6 restricted
+if RELEASE < Version("4.48"):
+    # To resume, they read NumPy's random state by `torch.load`, which PyTorch 2.6 restricted.
     torch.serialization.add_safe_globals(
         [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # the first rebuilds an array
     )

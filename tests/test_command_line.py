@@ -48,7 +48,7 @@ def test_options_reach_the_target_and_the_report(masked_lm, target, tmp_path, ca
     expected = {
         "block_size": 16, "sparse_block_size": None, "sparsity_type": "lsh", "sparsity_factor": 4,
         "num_global_tokens": 7, "mask_first_token": True, "pool_with_global": True, "adaptive": False,
-        "lsh_num_pre_rounds": 2, "lsh_seed": None, "pass_global_tokens_to_decoder": True,
+        "pack_padding": True, "lsh_num_pre_rounds": 2, "lsh_seed": None, "pass_global_tokens_to_decoder": True,
     }  # fmt: skip
     assert json.loads((target / "config.json").read_text()).items() >= expected.items()
     report = json.loads((tmp_path / "report.json").read_text())
