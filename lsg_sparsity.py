@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -191,18 +190,18 @@ def hashed(
     count = visible.to(dtype).unflatten(2, (-1, chunk_size))[..., None]  # (B, 1, C, W, 1)
     key_sum, value_sum = (x.to(dtype).unflatten(2, (-1, chunk_size)) * count for x in (key, value))
     for num_buckets, projection in zip(rounds, projections, strict=True):
-        members = assign_buckets(key_sum, count, projection.to(key_sum), num_buckets)  # (B, H, C, R, W)
+        members = assign_buckets(key_sum, projection.to(key_sum), num_buckets)  # (B, H, C, R, W)
         key_sum, value_sum, count = members @ key_sum, members @ value_sum, members @ count
     key_mean, value_mean = ((x / count.clamp(min=1)).flatten(2, 3) for x in (key_sum, value_sum))
     return SparseTokens(key_mean.to(key.dtype), value_mean.to(value.dtype), (count >= 1).flatten(2))
 
 
-def assign_buckets(key_sum: Tensor, count: Tensor, projection: Tensor, num_buckets: int) -> Tensor:
+def assign_buckets(key_sum: Tensor, projection: Tensor, num_buckets: int) -> Tensor:
     """Which of the `num_buckets` buckets holds which element, as a 0/1 matrix.
 
     Args:
-        key_sum: (B, H, C, W, D) sums of the elements' keys.
-        count: (B, 1 or H, C, W, 1) tokens per element; an empty element lands in bucket 0 and adds nothing there.
+        key_sum: (B, H, C, W, D) sums of the elements' keys, whose length does not matter. An empty element has the sum
+            0, lands in bucket 0, and adds nothing there.
         projection: (H, D, num_buckets // 2) random directions; an element goes to the direction, or the opposite of
             a direction, that it is nearest to (Andoni et al. 2015, arXiv 1509.02897, cross-polytope hashing).
         num_buckets: R; of an odd number the last bucket stays empty, but for R = 1, which takes all.
@@ -212,10 +211,11 @@ def assign_buckets(key_sum: Tensor, count: Tensor, projection: Tensor, num_bucke
     """
     if num_buckets == 1:
         return torch.ones_like(key_sum[..., 0])[..., None, :]
-    directions = F.normalize(key_sum, dim=-1, eps=1e-12) * count.clamp(max=1)
-    scores = directions @ projection[:, None]
-    bucket = torch.cat([scores, -scores], dim=-1).argmax(-1)  # (B, H, C, W)
-    return (bucket[..., None, :] == torch.arange(num_buckets, device=bucket.device)[:, None]).to(key_sum.dtype)
+    scores = key_sum @ projection[:, None]
+    nearest = scores.abs().argmax(-1, keepdim=True)  # (B, H, C, W, 1)
+    bucket = nearest + projection.shape[-1] * (scores.gather(-1, nearest) < 0)
+    members = scores.new_zeros(*scores.shape[:-2], num_buckets, scores.shape[-2])
+    return members.scatter(-2, bucket.mT, 1.0)
 
 
 def hash_projections(

@@ -1,6 +1,7 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -263,8 +264,11 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         """
         if self.chunk_size_feed_forward:
             return self.chunk_size_feed_forward
-        is_free = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return CPU_CHUNK_TOKENS if is_free and hidden_states.device.type == "cpu" else hidden_states.shape[-2]
+        num_tokens = hidden_states.shape[-2]
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not hidden_states.is_cpu:
+            return num_tokens
+        # Chunks of one size, about: a last one of a single token would read all weights for it.
+        return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""

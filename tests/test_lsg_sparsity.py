@@ -105,9 +105,9 @@ def test_hashing_joins_what_points_the_same_way():
 
 
 def test_one_bucket_takes_all_and_an_odd_last_one_stays_empty():
-    key_sum, count = torch.randn(1, 1, 1, 5, 3), torch.ones(1, 1, 1, 5, 1)
-    assert torch.equal(assign_buckets(key_sum, count, torch.empty(1, 3, 0), 1), torch.ones(1, 1, 1, 1, 5))
-    members = assign_buckets(key_sum, count, torch.randn(1, 3, 2), 5)
+    key_sum = torch.randn(1, 1, 1, 5, 3)
+    assert torch.equal(assign_buckets(key_sum, torch.empty(1, 3, 0), 1), torch.ones(1, 1, 1, 1, 5))
+    members = assign_buckets(key_sum, torch.randn(1, 3, 2), 5)
     assert members.shape == (1, 1, 1, 5, 5)
     assert torch.equal(members.sum(3), torch.ones(1, 1, 1, 5)) and not members[..., 4, :].any()
 
