@@ -3,7 +3,7 @@
 Dimension key:  B rows of the batch  G global tokens  T text tokens of a padded row  N blocks  W block_size
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class BlockList:
     @property
     def block_size(self) -> int:
         return self.visible.shape[0] // self.row.shape[0]
+
+    def to(self, device: torch.device | str) -> "BlockList":
+        """The same on another device. Accelerate calls it where a model's layers lie on several."""
+        tensors = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
 
     def first_of_row(self) -> Tensor:
         """For each block the index of the first block of its row, (N,)."""

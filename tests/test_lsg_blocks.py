@@ -44,6 +44,14 @@ def test_first_of_row_is_the_place_of_its_first_block():
     assert blocks.first_of_row().tolist() == [0, 0, 0, 0, 4, 4, 6, 6, 6, 6]
 
 
+def test_accelerate_moves_blocks_to_a_layers_device():
+    send_to_device = pytest.importorskip("accelerate.utils").send_to_device
+    visible = torch.ones(2, 12, dtype=torch.bool)
+    visible[1, 4:] = False
+    moved = send_to_device(list_blocks(visible, 3, "drop"), torch.device("meta"))
+    assert moved.row.is_meta and moved.visible.is_meta and moved.kept.is_meta and moved.row_length == 12
+
+
 @pytest.mark.parametrize("sparsity_type", ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"])
 @pytest.mark.parametrize("num_globals", [1, 3])
 def test_leaving_padding_out_changes_no_output_and_no_gradient(tiny_config, sparsity_type, num_globals):
