@@ -188,12 +188,12 @@ def hashed(
     """
     dtype = at_least_float32(key)
     count = visible.to(dtype).unflatten(2, (-1, chunk_size))[..., None]  # (B, 1, C, W, 1)
-    key_sum, value_sum = (x.to(dtype).unflatten(2, (-1, chunk_size)) * count for x in (key, value))
+    sums = torch.cat([key, value], dim=-1).to(dtype).unflatten(2, (-1, chunk_size)) * count  # (B, H, C, W, D + E)
     for num_buckets, projection in zip(rounds, projections, strict=True):
-        members = assign_buckets(key_sum, projection.to(key_sum), num_buckets)  # (B, H, C, R, W)
-        key_sum, value_sum, count = members @ key_sum, members @ value_sum, members @ count
-    key_mean, value_mean = ((x / count.clamp(min=1)).flatten(2, 3) for x in (key_sum, value_sum))
-    return SparseTokens(key_mean.to(key.dtype), value_mean.to(value.dtype), (count >= 1).flatten(2))
+        members = assign_buckets(sums[..., : key.shape[-1]], projection.to(sums), num_buckets)  # (B, H, C, R, W)
+        sums, count = members @ sums, members @ count
+    means = (sums / count.clamp(min=1)).flatten(2, 3).to(key.dtype)
+    return SparseTokens(*means.tensor_split([key.shape[-1]], dim=-1), (count >= 1).flatten(2))
 
 
 def assign_buckets(key_sum: Tensor, projection: Tensor, num_buckets: int) -> Tensor:
