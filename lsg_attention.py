@@ -239,7 +239,6 @@ def block_attention(
     values = global_value, text_value, sparse and sparse.value[0]
     owners = key_owners(blocks, sparse, pattern)
     if implementation == "flex_attention":
-        check_no_dropout(dropout)
         text_context = flex_blocks(query_blocks, keys, values, owners, blocks.row, pattern)
     else:
         text_context = window_attention(
@@ -296,14 +295,6 @@ def key_owners(
         of_text = of_text.expand(of_sparse.shape[0], -1)
     of_globals = torch.arange(blocks.num_rows, dtype=torch.int32, device=row.device)[None, :, None]
     return of_globals.expand(of_text.shape[0], -1, pattern.num_global_tokens), of_text, of_sparse
-
-
-def check_no_dropout(dropout: float) -> None:
-    if dropout:
-        raise ValueError(
-            f'`attention_probs_dropout_prob` is {dropout}: `attn_implementation="flex_attention"` has no dropout of '
-            'attention weights. Set it to 0, or use "sdpa".'
-        )
 
 
 def global_attention(

@@ -60,6 +60,15 @@ def flex_blocks(
     return context[0].unflatten(1, query.shape[1:3])
 
 
+def check_no_dropout(dropout: float) -> None:
+    """`ValueError` where attention weights are to be dropped."""
+    if dropout:
+        raise ValueError(
+            f'`attention_probs_dropout_prob` is {dropout}: `attn_implementation="flex_attention"` has no dropout of '
+            'attention weights. Set it to 0, or use "sdpa".'
+        )
+
+
 @cache
 def compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
     """FlexAttention is fast when compiled only; compiled at its first use, and for other lengths again.

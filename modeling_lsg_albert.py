@@ -27,6 +27,7 @@ from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
 from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached
 from .lsg_decoder import LSGAlbertDecoder, shift_right
+from .lsg_flex import check_no_dropout
 from .lsg_sparsity import LSGPattern, hash_projections
 
 logger = logging.get_logger(__name__)
@@ -220,6 +221,8 @@ class LSGAlbertAttention(nn.Module):
         implementation = self.config._attn_implementation
         check_attn_implementation(implementation)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if implementation == "flex_attention":
+            check_no_dropout(dropout)
         attention_map = None
         if map_size is None:
             attention = block_attention if isinstance(visible, BlockList) else lsg_attention
@@ -431,7 +434,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
         super().__init__(config_for(config, is_encoder_decoder))
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
-        """Switch between "sdpa" and "eager" at run time.
+        """Switch between "sdpa", "eager" and "flex_attention" at run time.
 
         Raises:
             ValueError: LSG attention has no such implementation.

@@ -1,5 +1,7 @@
 """The installed package: what it exports, and what importing it does."""
 
+import re
+
 import pytest
 
 import lsg_albert
@@ -46,3 +48,14 @@ def test_names_that_stand_in_two_places_agree():
 def test_every_module_of_the_root_is_packaged():
     packaged = {name.removeprefix("lsg_albert.") for name in PYPROJECT["tool"]["setuptools"]["py-modules"]}
     assert packaged == {path.stem for path in ROOT.glob("*.py")} - {"__init__", "noxfile"}
+
+
+def test_modeling_imports_every_module_of_the_remote_code_itself():
+    """transformers before 5.1 copies only what the file itself imports, not what those modules import in turn."""
+
+    def imported_by(name):
+        found = re.findall(r"^from \.(\w+) import", (ROOT / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+        return {*found}
+
+    needed = imported_by("modeling_lsg_albert")
+    assert set().union(*(imported_by(name) for name in needed)) <= needed
