@@ -51,7 +51,7 @@ def test_every_module_of_the_root_is_packaged():
 
 
 def test_modeling_imports_every_module_of_the_remote_code_itself():
-    """transformers before 5.1 copies only what the file itself imports, not what those modules import in turn."""
+    """Older transformers (5.0.0 and before) copy only what the file itself imports, not what those modules import."""
 
     def imported_by(name):
         found = re.findall(r"^from \.(\w+) import", (ROOT / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
