@@ -231,9 +231,10 @@ def draw(results: list[Result], path: Path) -> None:
     axes[0, 0].set_ylabel("seconds (median)")
     axes[1, 0].set_ylabel("peak memory beyond the weights, GiB")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(len(names), 8), frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=110)
+    # Below the panels, in as many lines as their width needs.
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 * len(groups), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
