@@ -228,13 +228,13 @@ def block_attention(
     global_context = global_attention(
         global_query, global_key, global_value, text_key, text_value, blocks, pattern, dropout
     )
+    query_blocks = text_query.unflatten(1, (-1, pattern.block_size))  # (H, N, W, D)
     sparse = None
     if pattern.sparsity_type is not None:
-        first_query = text_query.unflatten(1, (-1, pattern.block_size))[None, :, blocks.first_of_row(), 0]
+        first_query = query_blocks[None, :, blocks.first_of_row(), 0]
         sparse = select_sparse_tokens(
             first_query, text_key[None], text_value[None], blocks.visible[None, None], pattern, projections
         )
-    query_blocks = text_query.unflatten(1, (-1, pattern.block_size))  # (H, N, W, D)
     keys = global_key, text_key, sparse and sparse.key[0]
     values = global_value, text_value, sparse and sparse.value[0]
     owners = key_owners(blocks, sparse, pattern)

@@ -629,3 +629,19 @@ def test_exports_with_torch_export(tiny_config, sparsity_type):
     exported = torch.export.export(model, (), inputs, strict=False).module()
     for _ in range(2):
         torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh"])
+def test_fused_activation_is_the_plain_one_and_steps_aside_for_a_hook(tiny_config, hidden_act):
+    """With gradients, or with somebody who listens to the linear layer, the plain modules run."""
+    model = LSGAlbertModel(tiny_config(hidden_act=hidden_act)).eval()
+    inputs, heard = random_inputs(), []
+    plain = model(**inputs).last_hidden_state
+    with torch.no_grad():
+        fused = model(**inputs).last_hidden_state
+        layer = model.encoder.albert_layer_groups[0].albert_layers[0].ffn
+        layer.register_forward_hook(lambda module, args, output: heard.append(output))
+        hooked = model(**inputs).last_hidden_state
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hooked, plain, rtol=1e-5, atol=1e-5)
+    assert len(heard) == model.config.num_hidden_layers
