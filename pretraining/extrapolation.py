@@ -1,0 +1,234 @@
+"""How well ALBERT reads beyond its length: as it is, with stretched positions, converted, and trained on after that.
+
+    python -m pretraining.extrapolation CORPUS ... --exclude-ids HELD_OUT ... --albert runs/b/final \\
+        --converted runs/extended --trained . --output runs/extrapolation
+
+Every row of the table reads the same held-out text with the same words masked. The text is cut into segments that 1, 2, 4
+and 8 pieces fill exactly, so a row differs from another only in how far each token could see. Writes ``OUTPUT.json``
+after every row, and ``OUTPUT.md`` at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AlbertForMaskedLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+from pretraining.corpus import CorpusError, read_ids, write_atomically
+from pretraining.masking import IGNORED, Masker
+from pretraining.pretrain_mlm import masked_lm_forward, score
+from pretraining.token_cache import TokenizedDocuments, load_tokens
+
+PIECES = (8, 4, 2, 1)  # that a segment is cut into
+SPECIAL = 2  # [CLS] and [SEP] around each piece
+SELECTIONS = ("norm", "pooling", "bos_pooling", "lsh", "stride", "block_stride", "none")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model, how it is loaded, and the pieces that it reads."""
+
+    name: str
+    path: str
+    pieces: int
+    selection: str | None = None  # None: transformers' own ALBERT, with full attention
+
+    def load(self) -> PreTrainedModel:
+        if self.selection is None:
+            return AlbertForMaskedLM.from_pretrained(self.path, attn_implementation="sdpa").eval()
+        options = {"trust_remote_code": True, "sparsity_type": self.selection}
+        return AutoModelForMaskedLM.from_pretrained(self.path, **options).eval()
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Text and what is hidden in it.
+
+    Args:
+        hidden: shape ``(segments, length)``, with masks and other tokens in place of the chosen ones.
+        labels: shape ``(segments, length)``, the chosen tokens, -100 elsewhere.
+    """
+
+    hidden: np.ndarray
+    labels: np.ndarray
+
+
+def segment_length(short: int) -> int:
+    """Tokens of a segment, which ``PIECES[0]`` pieces of ``short`` tokens with their [CLS] and [SEP] hold."""
+    return PIECES[0] * (short - SPECIAL)
+
+
+def segment_starts(documents: TokenizedDocuments, held_out: set[str], length: int) -> list[np.ndarray]:
+    """For each held-out document the starts of as many whole segments as fit into it."""
+    bounds = zip(documents.ids, documents.offsets[:-1], documents.offsets[1:], strict=True)
+    return [np.arange(begin, end - length + 1, length) for name, begin, end in bounds if name in held_out]
+
+
+def choose_segments(corpora: Iterable[TokenizedDocuments], held_out: set[str], length: int, number: int, seed: int):
+    """`number` segments of `length` tokens, drawn evenly from the corpora, shape ``(number, length)``.
+
+    Raises:
+        CorpusError: the held-out documents hold fewer.
+    """
+    rng = np.random.default_rng((seed, 0))
+    corpora = list(corpora)
+    shares = np.diff(np.linspace(0, number, len(corpora) + 1).round().astype(int))
+    chosen = []
+    for documents, share in zip(corpora, shares, strict=True):
+        starts = np.concatenate([np.zeros(0, dtype=np.int64), *segment_starts(documents, held_out, length)])
+        if len(starts) < share:
+            raise CorpusError(f"the held-out documents hold {len(starts)} segments of {length} tokens, not {share}")
+        chosen += [documents.tokens[start : start + length] for start in rng.permutation(starts)[:share]]
+    return np.stack(chosen).astype(np.int64)
+
+
+def hide(tokens: np.ndarray, masker: Masker, seed: int) -> Segments:
+    """Choose and hide tokens of segments of shape ``(segments, length)``, the same ones for every model."""
+    hidden, labels = np.empty_like(tokens), np.empty_like(tokens)
+    for index, segment in enumerate(tokens):
+        rng = np.random.default_rng((seed, 1, index))
+        chosen = masker.choose(segment, rng)
+        hidden[index] = masker.hide(segment, chosen, rng)
+        labels[index] = np.where(chosen, segment, IGNORED)
+    return Segments(hidden, labels)
+
+
+def cut(segment: np.ndarray, pieces: int, first: int, last: int) -> Tensor:
+    """A segment ``(length,)`` as ``(pieces, length / pieces + 2)``, each piece between `first` and `last`."""
+    return torch.from_numpy(
+        np.pad(segment.reshape(pieces, -1), ((0, 0), (1, 1)), constant_values=((0, 0), (first, last)))
+    )
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, segments: Segments, pieces: int, cls_id: int, sep_id: int) -> np.ndarray:
+    """Sums of loss, top-1 and top-5 hits, and the number of targets, of each segment: shape ``(segments, 4)``."""
+    sums = []
+    for hidden, labels in zip(segments.hidden, segments.labels, strict=True):
+        input_ids, targets = cut(hidden, pieces, cls_id, sep_id), cut(labels, pieces, IGNORED, IGNORED)
+        outputs = masked_lm_forward(model, input_ids, targets)
+        sums.append(score(outputs["logits"], outputs["targets"]))
+    return torch.stack(sums).numpy()
+
+
+def metrics(sums: np.ndarray) -> dict[str, float]:
+    """Mean loss and share of hits over all targets."""
+    loss, top1, top5, targets = sums.sum(0).tolist()
+    return {"loss": loss / targets, "top1": top1 / targets, "top5": top5 / targets, "masked_tokens": int(targets)}
+
+
+def difference(sums: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Difference in loss to the reference row and its standard error, from the segments' own differences."""
+    mean = (sums[:, 0].sum() - reference[:, 0].sum()) / sums[:, 3].sum()
+    residual = sums[:, 0] - reference[:, 0] - mean * sums[:, 3]
+    error = np.sqrt((residual**2).sum() * len(sums) / max(len(sums) - 1, 1)) / sums[:, 3].sum()
+    return {"difference": float(mean), "standard_error": float(error)}
+
+
+def table_rows(albert: str, converted: str, trained: str | None) -> list[Row]:
+    """(a) ALBERT at its length, (b) stretched, (c) converted with every selection, (d) after training."""
+    rows = [
+        Row("a: ALBERT, as trained", albert, PIECES[0]),
+        Row("b: ALBERT, positions stretched, full attention", converted, PIECES[-1]),
+    ]
+    rows += [Row("c: converted", converted, pieces, kind) for kind in SELECTIONS for pieces in PIECES[1:]]
+    if trained is not None:
+        rows += [Row("d: converted and trained on", trained, pieces, "norm") for pieces in PIECES]
+    return rows
+
+
+def format_table(report: dict) -> str:
+    lines = [
+        "| model | selection | tokens at a time | loss | against a (standard error) | top 1 | top 5 | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            "| {name} | {selection} | {tokens:,} | {loss:.3f} | {difference:+.3f} ({standard_error:.3f}) | {top1:.1%} | "
+            "{top5:.1%} | {seconds:.0f} |".format_map(row | {"selection": row["selection"] or "-"})
+        )
+    facts = (
+        f"{report['segments']} held-out segments of {report['segment_length']:,} tokens, "
+        f"{report['rows'][0]['masked_tokens']:,} masked tokens, the same in every row; seed {report['seed']}; "
+        f"float32 on {report['device']}; transformers {report['transformers']}, PyTorch {report['torch']}; "
+        f"{sum(row['seconds'] for row in report['rows']):,.0f} s in all."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n\n```text\n{report['command']}\n```\n"
+
+
+def run(args: argparse.Namespace, command: str) -> dict:
+    """Evaluate all rows; the report is on disk after each."""
+    tokenizer = AutoTokenizer.from_pretrained(args.albert)
+    folder = args.cache or args.output.parent / "tokens"
+    corpora = [load_tokens(path, tokenizer, folder) for path in args.corpus]
+    length = segment_length(args.short)
+    tokens = choose_segments(corpora, read_ids(args.exclude_ids), length, args.segments, args.seed)
+    segments = hide(tokens, Masker.for_tokenizer(tokenizer), args.seed)
+    report = {
+        "command": command,
+        "seed": args.seed,
+        "segments": args.segments,
+        "segment_length": length,
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    reference = None
+    for row in table_rows(args.albert, args.converted, args.trained):
+        started = time.perf_counter()
+        sums = evaluate(row.load(), segments, row.pieces, tokenizer.cls_token_id, tokenizer.sep_token_id)
+        reference = sums if reference is None else reference
+        tokens_read = {"tokens": length // row.pieces + SPECIAL, "seconds": time.perf_counter() - started}
+        report["rows"].append(asdict(row) | tokens_read | metrics(sums) | difference(sums, reference))
+        print(report["rows"][-1], file=sys.stderr, flush=True)
+        write_atomically(args.output.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.output.with_suffix(".md"), format_table(report).encode())
+    return report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="+", type=Path, help='JSON lines (.jsonl, .jsonl.gz) with "id" and "text"')
+    parser.add_argument("--exclude-ids", nargs="+", required=True, help="files with one held-out document id per line")
+    parser.add_argument("--albert", required=True, help="directory of the short ALBERT, with its tokenizer")
+    parser.add_argument("--converted", required=True, help="directory that `lsg-albert convert` made from it")
+    parser.add_argument("--trained", help="directory of the converted model after further training")
+    parser.add_argument("--output", type=Path, required=True, help="the reports' path, without .json and .md")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; default: tokens, beside OUTPUT")
+    parser.add_argument("--short", type=int, default=512, help="tokens that the short ALBERT reads at a time")
+    parser.add_argument("--segments", type=int, default=64, help="each of eight pieces of the short length")
+    parser.add_argument("--seed", type=int, default=12_345, help="of the text and of what is masked in it")
+    args = parser.parse_args(argv)
+    if args.short <= SPECIAL or args.segments < 1:
+        parser.error(f"--short must be above {SPECIAL}, --segments at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    command = shlex.join(["python", "-m", "pretraining.extrapolation", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        report = run(args, command)
+    except (CorpusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(format_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
