@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from transformers import AlbertForMaskedLM, AutoTokenizer
 
 from conftest import ROOT
 from helpers import write_repository
@@ -95,7 +96,7 @@ def test_mask_words_spreads_them_and_keeps_the_rest(fill_mask):
 
 
 def test_the_long_document_is_long_and_has_its_masks():
-    from transformers import AutoTokenizer
+    from transformers import AlbertForMaskedLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(ROOT)((ROOT / "examples" / "long_document.txt").read_text())["input_ids"]
     assert 3000 < len(ids) <= 4096
@@ -133,3 +134,33 @@ def test_fill_mask_reads_a_held_out_article_of_more_than_three_thousand_tokens(f
     length = int(out.split(": ")[1].split(" tokens")[0].replace(",", ""))
     assert 3000 < length <= 4096
     assert out.count("masked word: ") == 8
+
+
+# --- the card's widget
+
+
+def test_widget_shows_what_both_loaders_answer(repository, capsys):
+    """The card's examples, answered as our model and as transformers' ALBERT would by themselves."""
+    texts = ["A [MASK] at sea.", "The [MASK]."]
+    widget = "".join(f'- text: "{text}"\n' for text in texts)
+    (repository / "README.md").write_text(f"---\nlicense: apache-2.0\nwidget:\n{widget}---\n# Card\n")
+    assert example("widget").main(["--model", str(repository)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    tokenizer = AutoTokenizer.from_pretrained(repository)
+    expected = []
+    for text in texts:
+        for model_class in (LSGAlbertForMaskedLM, AlbertForMaskedLM):
+            inputs = tokenizer(text, return_tensors="pt")
+            with torch.no_grad():
+                logits = model_class.from_pretrained(repository).eval()(**inputs).logits
+            scores, ids = logits[inputs["input_ids"] == tokenizer.mask_token_id][0].softmax(-1).topk(5)
+            words = [f"{tokenizer.decode([i]).strip()} {s:.1%}" for i, s in zip(ids, scores, strict=True)]
+            expected.append(", ".join(words))
+    assert [row.split(" | ")[2].removesuffix(" |") for row in rows] == expected
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [text for text in texts for _ in range(2)]
+
+
+def test_widget_names_a_card_without_examples(repository, capsys):
+    (repository / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Card\n")
+    assert example("widget").main(["--model", str(repository)]) == 1
+    assert "no `widget:` examples" in capsys.readouterr().err
