@@ -96,7 +96,7 @@ def test_mask_words_spreads_them_and_keeps_the_rest(fill_mask):
 
 
 def test_the_long_document_is_long_and_has_its_masks():
-    from transformers import AlbertForMaskedLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(ROOT)((ROOT / "examples" / "long_document.txt").read_text())["input_ids"]
     assert 3000 < len(ids) <= 4096
