@@ -1,12 +1,20 @@
-"""Reading the training text: JSON lines (plain or gzip) with "id" and "text" fields, and lists of held-out ids."""
+"""Reading the training text: files, folders or data sets of documents, and which of them are held out.
+
+A source is a JSON lines file (plain or gzip) with "text" and, if it likes, "id" fields; a text file, one document; a folder
+of text files; or a name or folder that `datasets.load_dataset` takes, ``NAME`` or ``NAME:CONFIGURATION``, whose training
+split has a "text" column.
+"""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+LINES = (".jsonl", ".json", ".gz")
 
 
 class CorpusError(ValueError):
@@ -23,14 +31,69 @@ def read_ids(paths: Iterable[str | Path]) -> set[str]:
     return ids
 
 
-def read_documents(paths: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
-    """Yield ``(id, text)`` for every document, in file order."""
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise CorpusError(f"no such corpus file: {path}")
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            yield from _parse_lines(path, lines)
+def is_drawn(doc_id: str, share: float) -> bool:
+    """Whether a document belongs to a share of all, from 0 to 1, that is drawn by the ids alone: the same every time."""
+    return int.from_bytes(hashlib.sha256(doc_id.encode()).digest()[:8], "big") < share * 2**64
+
+
+def read_documents(sources: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
+    """Yield ``(id, text)`` for every document, in the sources' order."""
+    for source in map(str, sources):
+        path, texts = Path(source), text_files(source)
+        if texts:
+            for file in texts:
+                yield file.relative_to(path).as_posix() if path.is_dir() else file.name, _read_text(file)
+        elif path.is_file():
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as lines:
+                yield from _parse_lines(path, lines)
+        else:
+            for number, row in enumerate(load_split(source)):
+                yield str(row.get("id", f"train:{number}")), row["text"]
+
+
+def fingerprint(source: str | Path) -> list:
+    """What changes when the documents of a source do: the files' names, sizes and times."""
+    path = Path(source)
+    files = text_files(source) or ([path] if path.is_file() else None)
+    if files is None:
+        split = load_split(str(source))
+        return [str(source), split.num_rows, [file["filename"] for file in split.cache_files]]
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def text_files(source: str | Path) -> list[Path]:
+    """The text file, or the text files in the folder and below; none for every other kind of source."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(path.rglob("*.txt"))
+    return [path] if path.suffix == ".txt" and path.is_file() else []
+
+
+def load_split(source: str):
+    """The training split of a data set of the `datasets` library."""
+    if Path(source).suffix in (*LINES, ".txt"):
+        raise CorpusError(f"no such corpus file: {source}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError(f'{source} is no file, and data sets need `datasets`: pip install ".[train]"') from error
+    name, _, config = source.partition(":")
+    try:
+        split = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:  # whatever a loader raises
+        reason = " ".join(str(error).split())
+        raise CorpusError(f"{source}: neither a file nor a data set that could be loaded ({reason})") from error
+    if "text" not in split.column_names:
+        raise CorpusError(f'{source}: no "text" column, but {", ".join(split.column_names)}')
+    return split
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 ({error})") from error
 
 
 def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:

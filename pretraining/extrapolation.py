@@ -202,7 +202,9 @@ def run(args: argparse.Namespace, command: str) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", nargs="+", type=Path, help='JSON lines (.jsonl, .jsonl.gz) with "id" and "text"')
+    parser.add_argument(
+        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
+    )
     parser.add_argument("--exclude-ids", nargs="+", required=True, help="files with one held-out document id per line")
     parser.add_argument("--albert", required=True, help="directory of the short ALBERT, with its tokenizer")
     parser.add_argument("--converted", required=True, help="directory that `lsg-albert convert` made from it")

@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from pretraining.corpus import CorpusError, read_ids
+from pretraining.corpus import CorpusError, is_drawn, read_ids
 from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
@@ -159,10 +159,11 @@ def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     held_out = read_ids(args.exclude_ids)
     folder = args.cache or args.output / "tokens"
     tokens, train, evaluation = [], [], []
-    for number, path in enumerate(args.corpus):
-        documents = load_tokens(path, tokenizer, folder)
+    for number, source in enumerate(args.corpus):
+        documents = load_tokens(source, tokenizer, folder)
         tokens.append(documents.tokens)
-        kept = np.array([doc_id not in held_out for doc_id in documents.ids])
+        drawn = [name in held_out or is_drawn(name, args.held_out_share) for name in documents.ids]
+        kept = ~np.array(drawn)
         for pieces, keep in ((train, kept), (evaluation, ~kept)):
             cuts = cut_pieces(documents, args.max_length - 2, keep)  # 2: [CLS] and [SEP]
             pieces.append(np.insert(cuts, 0, number, axis=1))
@@ -285,9 +286,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Masked-language-model training of ALBERT and LSG-ALBERT.")
-    parser.add_argument("corpus", nargs="+", type=Path, help='JSON lines (.jsonl, .jsonl.gz) with "id" and "text"')
+    parser.add_argument(
+        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
     parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
+    parser.add_argument(
+        "--held-out-share", type=float, default=0.0, help="of the documents (0.01), held out by their ids"
+    )
     parser.add_argument("--model", help="checkpoint directory to go on from (its own code is run if it has any)")
     parser.add_argument("--tokenizer", help="tokenizer directory; default: the --model directory")
     parser.add_argument("--cache", type=Path, help="folder for tokenized text; default: OUTPUT/tokens")
@@ -303,6 +309,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
     ):
         parser.error(f"--neighbour-heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
+    if not 0 <= args.held_out_share < 1:
+        parser.error(f"--held-out-share must be at least 0 and below 1, got {args.held_out_share}")
     if args.max_length < 3 or args.steps < 1 or args.batch_size < 1:
         parser.error("--max-length must be at least 3, --steps and --batch-size at least 1")
     return args

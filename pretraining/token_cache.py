@@ -1,4 +1,4 @@
-"""Documents as token ids, made once per corpus file and kept on disk; cut into training pieces."""
+"""Documents as token ids, made once per source and kept on disk; cut into training pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.corpus import CorpusError, read_documents, write_atomically
+from pretraining.corpus import CorpusError, fingerprint, read_documents, write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,35 +38,32 @@ def tokenize_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int
     return [token for ids in tokenizer(lines, add_special_tokens=False)["input_ids"] for token in ids]
 
 
-def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> TokenizedDocuments:
-    """Tokenize every document of a corpus file."""
+def tokenize_source(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> TokenizedDocuments:
+    """Tokenize every document of a source, see `pretraining.corpus`."""
     dtype = np.min_scalar_type(len(tokenizer) - 1)
     arrays, ids = [], []
-    for doc_id, text in tqdm(read_documents([path]), desc=f"tokenizing {path.name}", unit="document"):
+    for doc_id, text in tqdm(read_documents([source]), desc=f"tokenizing {Path(source).name}", unit="document"):
         arrays.append(np.asarray(tokenize_document(text, tokenizer), dtype=dtype))
         ids.append(doc_id)
     if not sum(map(len, arrays)):
-        raise CorpusError(f"{path}: no text")
+        raise CorpusError(f"{source}: no text")
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
     return TokenizedDocuments(np.concatenate(arrays), offsets, ids)
 
 
-def _cache_key(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with the vocabulary and with the file."""
-    if not path.is_file():
-        raise CorpusError(f"no such corpus file: {path}")
-    stat = path.stat()
-    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, sorted(tokenizer.get_vocab().items())]
+def _cache_key(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with the vocabulary and with the documents."""
+    key = [fingerprint(source), sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def load_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizedDocuments:
-    """The tokens of a corpus file, from the cache in ``folder`` or tokenized now and put there."""
-    stem = folder / f"{path.name}-{_cache_key(path, tokenizer)}"
+def load_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizedDocuments:
+    """The tokens of a source, from the cache in ``folder`` or tokenized now and put there."""
+    stem = folder / f"{Path(source).name}-{_cache_key(source, tokenizer)}"
     tokens, index = Path(f"{stem}.tokens.npy"), Path(f"{stem}.json")
     if not index.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = tokenize_file(path, tokenizer)
+        documents = tokenize_source(source, tokenizer)
         np.save(tokens, documents.tokens)
         content = {"offsets": documents.offsets.tolist(), "ids": documents.ids}
         write_atomically(index, json.dumps(content).encode())  # last: its presence says that the cache is whole

@@ -44,9 +44,9 @@ def mark_boundaries(text: str) -> str:
     return re.sub(r"(?<=\d)(?=,)", BOUNDARY, text)
 
 
-def paragraphs(paths: Iterable[str], held_out: set[str]) -> Iterator[str]:
+def paragraphs(sources: Iterable[str], held_out: set[str]) -> Iterator[str]:
     """The normalized, non-empty paragraphs of all documents that are not held out."""
-    for doc_id, text in read_documents(paths):
+    for doc_id, text in read_documents(sources):
         if doc_id not in held_out:
             yield from filter(None, map(normalize, text.split("\n")))
 
@@ -142,7 +142,9 @@ def write_tokenizer(folder: Path, model: bytes, max_length: int) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the sentencepiece vocabulary.")
-    parser.add_argument("corpus", nargs="+", help='JSON-lines files (.jsonl or .jsonl.gz) with a "text" field')
+    parser.add_argument(
+        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files")
     parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
     parser.add_argument("--vocab-size", type=int, default=16_000, help="pieces, special ones included")

@@ -13,6 +13,7 @@ import torch
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoTokenizer, Trainer, TrainerCallback
 
 from pretraining import pretrain_mlm
+from pretraining.corpus import CorpusError, is_drawn, read_documents
 from pretraining.initial_weights import look_at_neighbours, position_features, shift
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import TokenizedDocuments, cut_pieces, load_tokens, piece_starts
@@ -280,3 +281,56 @@ def test_bad_corpora_are_reported_in_one_line(corpus, tmp_path, capsys, content)
         corpus.write_text(content)
     assert pretrain_mlm.main(arguments(corpus, tmp_path / "out")) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+# --- sources of text
+
+
+def test_documents_of_every_kind_of_source(corpus, tmp_path, monkeypatch):
+    """JSON lines, a text file, a folder of them, and a data set's folder give the same texts."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    texts, table = tmp_path / "texts", tmp_path / "table"
+    for number, row in enumerate(rows):
+        path = texts / str(number % 3) / f"{number:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(row["text"])
+    table.mkdir()
+    (table / "train.jsonl").write_text(corpus.read_text())
+    expected = [(row["id"], row["text"]) for row in rows]
+    assert list(read_documents([corpus])) == list(read_documents([table])) == expected
+    by_name = dict(read_documents([texts]))
+    assert by_name == {f"{number % 3}/{number:02}.txt": row["text"] for number, row in enumerate(rows)}
+    assert list(read_documents([texts / "0" / "00.txt"])) == [("00.txt", rows[0]["text"])]
+
+
+def test_the_cache_notices_a_changed_folder(tokenizer, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("the king")
+    assert load_tokens(texts, tokenizer, tmp_path / "cache").ids == ["a.txt"]
+    (texts / "b.txt").write_text("the queen")
+    assert load_tokens(texts, tokenizer, tmp_path / "cache").ids == ["a.txt", "b.txt"]
+
+
+def test_a_share_of_the_documents_is_held_out_by_their_ids(corpus, tokenizer, tmp_path):
+    names = [str(number) for number in range(4000)]
+    drawn = {share: {name for name in names if is_drawn(name, share)} for share in (0.0, 0.1, 0.3, 1.0)}
+    assert not drawn[0.0] and len(drawn[1.0]) == 4000 and drawn[0.1] < drawn[0.3]
+    assert len(drawn[0.3]) / 4000 == pytest.approx(0.3, abs=0.03)
+    args = pretrain_mlm.parse_args(arguments(corpus, tmp_path / "out", "--held-out-share", "0.4"))
+    train, evaluation = pretrain_mlm.load_corpora(args, tokenizer)
+    ids = [json.loads(line)["id"] for line in corpus.read_text().splitlines()]
+    held_out = {name for name in ids if is_drawn(name, 0.4)} | {"house", "window"}
+    assert 2 < len(held_out) < 12
+    seen = {name: tokenizer.convert_tokens_to_ids(f"▁{name}") for name in ids}
+    for pieces, expected in ((train, set(ids) - held_out), (evaluation, held_out)):
+        tokens = {token for index in range(len(pieces)) for token in pieces[index].tolist()}
+        assert {name for name in ids if seen[name] in tokens} == expected
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "missing.txt", "no/such:dataset"])
+def test_a_missing_source_is_named(source):
+    with pytest.raises(CorpusError, match=source):
+        list(read_documents([source]))
