@@ -104,17 +104,29 @@ def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[s
 
 
 def masked_lm_forward(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
     """Loss and predictions at the chosen positions only, a seventh of the work of the large output layer.
 
+    Args:
+        model: an ALBERT or LSG-ALBERT with a masked-language-model head.
+        input_ids, labels, attention_mask: (batch, length).
+        num_items_in_batch: the chosen positions of the whole step: of all its batches, in all processes.
+
     Returns:
-        ``loss``, the mean cross-entropy; ``logits`` (chosen, vocabulary) and ``targets`` (chosen,).
+        ``loss``, the sum of cross-entropies over that number, by default over the chosen positions here; ``logits``
+        (chosen, vocabulary) and ``targets`` (chosen,).
     """
     states = model.albert(input_ids=input_ids, attention_mask=attention_mask)[0]  # (batch, length, hidden)
     chosen = labels != IGNORED
     logits, targets = model.predictions(states[chosen]).float(), labels[chosen]
-    return {"loss": nn.functional.cross_entropy(logits, targets), "logits": logits, "targets": targets}
+    losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return {"loss": losses / count, "logits": logits, "targets": targets}
 
 
 def score(logits: Tensor, targets: Tensor) -> Tensor:
@@ -129,6 +141,7 @@ class MaskedLMTrainer(Trainer):
 
     def __init__(self, model: PreTrainedModel, **kwargs):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
+        model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
         super().__init__(model=model, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -216,6 +229,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.98,
         adam_epsilon=1e-6,
         optim="adamw_torch_fused",
+        gradient_accumulation_steps=args.gradient_accumulation,
+        average_tokens_across_devices=True,  # a step's loss is one mean, however its samples are spread
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=args.log_every,
@@ -241,7 +256,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     if not len(train) and not args.eval_only:
         raise CorpusError("nothing to train on: every document is empty or held out")
     masker = Masker.for_tokenizer(tokenizer, args.mask_rate, args.span_words)
-    train_size = args.steps * args.batch_size * arguments.world_size
+    train_size = args.steps * args.batch_size * args.gradient_accumulation * arguments.world_size
     eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
     model = load_model(args, tokenizer)
     if args.word_vectors and arguments.process_index == 0 and not last_checkpoint(args.output):
@@ -303,14 +318,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
     ):
         parser.error(f"--neighbour-heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
-    if args.max_length < 3 or args.steps < 1 or args.batch_size < 1:
-        parser.error("--max-length must be at least 3, --steps and --batch-size at least 1")
+    if args.max_length < 3 or min(args.steps, args.batch_size, args.gradient_accumulation) < 1:
+        parser.error("--max-length must be at least 3, --steps, --batch-size and --gradient-accumulation at least 1")
     return args
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-length", type=int, default=128, help="tokens of a piece, [CLS] and [SEP] included")
-    group.add_argument("--batch-size", type=int, default=64, help="pieces per step and process (see torchrun)")
+    group.add_argument("--batch-size", type=int, default=64, help="pieces per batch and process (see torchrun)")
+    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches that make a step")
     group.add_argument("--steps", type=int, default=1000)
     group.add_argument("--lr", type=float, default=1e-3)
     group.add_argument("--schedule", default="linear", help="learning-rate schedule, a name that the Trainer knows")
