@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from pretraining.corpus import CorpusError, read_ids
+from pretraining.corpus import CorpusError, read_ids, write_atomically
 from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
@@ -144,6 +146,12 @@ class MaskedLMTrainer(Trainer):
         model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
         super().__init__(model=model, **kwargs)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for the other processes, whose random states belong to a checkpoint too: it counts as complete as soon
+        as the first one writes ``trainer_state.json``, which it does after this."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
@@ -183,11 +191,19 @@ def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases."""
+    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases.
+
+    The weights of a killed run come from here too: transformers 5.0.0 saves those of a loaded ALBERT under names that
+    its own Trainer passes over.
+    """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     attention = {"attn_implementation": args.attention}
-    if args.model is not None:
-        return AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=True, **dropout, **attention)
+    checkpoint = last_checkpoint(args.output)
+    if checkpoint and not (Path(checkpoint) / "config.json").is_file():
+        checkpoint = None  # in shards, by FSDP: the Trainer loads them
+    source = args.model if args.eval_only else checkpoint or args.model
+    if source is not None:
+        return AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
     config = AlbertConfig(
         vocab_size=len(tokenizer),
         embedding_size=args.embedding_size,
@@ -211,9 +227,15 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none."""
-    found = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none, or half."""
+    found = output.glob("checkpoint-*/trainer_state.json")
+    for path in sorted(found, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+            return str(path.parent)
+        except json.JSONDecodeError:  # killed while it was written
+            continue
+    return None
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -284,7 +306,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation."""
+    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation, in every process."""
     trainer = build_trainer(args)
     if not args.eval_only:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
@@ -294,7 +316,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     metrics = trainer.evaluate() if len(trainer.eval_dataset) else {}
     if not args.eval_only and trainer.is_world_process_zero():
         history = {"history": trainer.state.log_history, "final": metrics}
-        (args.output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+        write_atomically(args.output / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     return metrics
 
 
@@ -370,7 +392,8 @@ def main(argv: list[str] | None = None) -> int:
     except (CorpusError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(metrics))
+    if int(os.environ.get("RANK", "0")) == 0:  # the first of torchrun's processes
+        print(json.dumps(metrics))
     return 0
 
 
