@@ -7,12 +7,14 @@
 The held-out documents are the evaluation set. Started again with the same arguments, a killed run goes on from its
 last checkpoint with the same data in the same order. The result lies in ``OUTPUT/final``. On a busy machine
 ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads, which
-wait for each other after every operation.
+wait for each other after every operation. Several processes train as one does with their batches put together. Needs
+transformers 4.48 or newer.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import json
 import os
@@ -25,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -33,10 +35,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.versions import require_version
 
 from pretraining.corpus import CorpusError, read_ids, write_atomically
 from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
@@ -86,6 +91,24 @@ class MaskedSamples(Dataset):
         hidden = self.masker.hide(tokens, chosen, rng)
         labels = np.where(chosen, tokens, IGNORED)
         return np.array([self.cls_id, *hidden, self.sep_id]), np.array([IGNORED, *labels, IGNORED])
+
+
+class Share(Dataset):
+    """A process's share of the samples: the same number in all processes, for a sharded model computes in all at once.
+
+    Where there are none left, it is a sample without anything to predict.
+    """
+
+    def __init__(self, samples: MaskedSamples, process: int, processes: int):
+        self.samples, self.process, self.processes = samples, process, processes
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.processes)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        index = index * self.processes + self.process
+        ids, labels = self.samples[min(index, len(self.samples) - 1)]
+        return ids, labels if index < len(self.samples) else np.full_like(labels, IGNORED)
 
 
 def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
@@ -138,6 +161,22 @@ def score(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))]).double()
 
 
+class Progress(TrainerCallback):
+    """Writes what is logged as lines of step, values and time left, where there is no terminal to draw a bar on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.started = state.global_step, time.monotonic()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        done = state.global_step - self.first_step if state.global_step else 0
+        if not (state.is_world_process_zero and done):
+            return
+        seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+        left = datetime.timedelta(seconds=round(seconds))
+        print(f"step {state.global_step} of {state.max_steps}, {left} left: {values}", file=sys.stderr, flush=True)
+
+
 class MaskedLMTrainer(Trainer):
     """Trainer that takes the samples in their order and whose model computes the head at the chosen positions only."""
 
@@ -145,6 +184,9 @@ class MaskedLMTrainer(Trainer):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
         model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
         super().__init__(model=model, **kwargs)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(Progress())
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Wait for the other processes, whose random states belong to a checkpoint too: it counts as complete as soon
@@ -160,7 +202,7 @@ class MaskedLMTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss and top-1 and top-5 accuracy over all chosen positions of the evaluation samples."""
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
-        mine = Subset(samples, range(self.args.process_index, len(samples), self.args.world_size))
+        mine = Share(samples, self.args.process_index, self.args.world_size)
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
@@ -264,12 +306,14 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
 
 
 def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     """Model, data and Trainer from the command line."""
+    require_version("transformers>=4.48", "Older releases do not count the items of a step.")
     set_seed(args.seed)
     arguments = training_arguments(args)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -389,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         metrics = run(args)
-    except (CorpusError, OSError) as error:
+    except (CorpusError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", "0")) == 0:  # the first of torchrun's processes
