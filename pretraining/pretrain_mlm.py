@@ -7,23 +7,27 @@
 The held-out documents are the evaluation set. Started again with the same arguments, a killed run goes on from its
 last checkpoint with the same data in the same order. The result lies in ``OUTPUT/final``. On a busy machine
 ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads, which
-wait for each other after every operation.
+wait for each other after every operation. Several processes train as one does with their batches put together. Needs
+transformers 4.48 or newer.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import json
+import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -31,12 +35,15 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.versions import require_version
 
-from pretraining.corpus import CorpusError, is_drawn, read_ids
+from pretraining.corpus import CorpusError, is_drawn, read_ids, write_atomically
 from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
@@ -86,6 +93,24 @@ class MaskedSamples(Dataset):
         return np.array([self.cls_id, *hidden, self.sep_id]), np.array([IGNORED, *labels, IGNORED])
 
 
+class Share(Dataset):
+    """A process's share of the samples: the same number in all processes, for a sharded model computes in all at once.
+
+    Where there are none left, it is a sample without anything to predict.
+    """
+
+    def __init__(self, samples: MaskedSamples, process: int, processes: int):
+        self.samples, self.process, self.processes = samples, process, processes
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.processes)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        index = index * self.processes + self.process
+        ids, labels = self.samples[min(index, len(self.samples) - 1)]
+        return ids, labels if index < len(self.samples) else np.full_like(labels, IGNORED)
+
+
 def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
     """Pad to the longest sample: ids, labels and, if there is padding, attention mask, all of shape (batch, length).
 
@@ -104,17 +129,29 @@ def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[s
 
 
 def masked_lm_forward(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
     """Loss and predictions at the chosen positions only, a seventh of the work of the large output layer.
 
+    Args:
+        model: an ALBERT or LSG-ALBERT with a masked-language-model head.
+        input_ids, labels, attention_mask: (batch, length).
+        num_items_in_batch: the chosen positions of the whole step: of all its batches, in all processes.
+
     Returns:
-        ``loss``, the mean cross-entropy; ``logits`` (chosen, vocabulary) and ``targets`` (chosen,).
+        ``loss``, the sum of cross-entropies over that number, by default over the chosen positions here; ``logits``
+        (chosen, vocabulary) and ``targets`` (chosen,).
     """
     states = model.albert(input_ids=input_ids, attention_mask=attention_mask)[0]  # (batch, length, hidden)
     chosen = labels != IGNORED
     logits, targets = model.predictions(states[chosen]).float(), labels[chosen]
-    return {"loss": nn.functional.cross_entropy(logits, targets), "logits": logits, "targets": targets}
+    losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return {"loss": losses / count, "logits": logits, "targets": targets}
 
 
 def score(logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,12 +161,38 @@ def score(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))]).double()
 
 
+class Progress(TrainerCallback):
+    """Writes what is logged as lines of step, values and time left, where there is no terminal to draw a bar on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.started = state.global_step, time.monotonic()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        done = state.global_step - self.first_step if state.global_step else 0
+        if not (state.is_world_process_zero and done):
+            return
+        seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+        left = datetime.timedelta(seconds=round(seconds))
+        print(f"step {state.global_step} of {state.max_steps}, {left} left: {values}", file=sys.stderr, flush=True)
+
+
 class MaskedLMTrainer(Trainer):
     """Trainer that takes the samples in their order and whose model computes the head at the chosen positions only."""
 
     def __init__(self, model: PreTrainedModel, **kwargs):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
+        model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
         super().__init__(model=model, **kwargs)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(Progress())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for the other processes, whose random states belong to a checkpoint too: it counts as complete as soon
+        as the first one writes ``trainer_state.json``, which it does after this."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
@@ -139,7 +202,7 @@ class MaskedLMTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss and top-1 and top-5 accuracy over all chosen positions of the evaluation samples."""
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
-        mine = Subset(samples, range(self.args.process_index, len(samples), self.args.world_size))
+        mine = Share(samples, self.args.process_index, self.args.world_size)
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
@@ -171,11 +234,19 @@ def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases."""
+    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases.
+
+    The weights of a killed run come from here too: transformers 5.0.0 saves those of a loaded ALBERT under names that
+    its own Trainer passes over.
+    """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     attention = {"attn_implementation": args.attention}
-    if args.model is not None:
-        return AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=True, **dropout, **attention)
+    checkpoint = last_checkpoint(args.output)
+    if checkpoint and not (Path(checkpoint) / "config.json").is_file():
+        checkpoint = None  # in shards, by FSDP: the Trainer loads them
+    source = args.model if args.eval_only else checkpoint or args.model
+    if source is not None:
+        return AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
     config = AlbertConfig(
         vocab_size=len(tokenizer),
         embedding_size=args.embedding_size,
@@ -199,9 +270,15 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none."""
-    found = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none, or half."""
+    found = output.glob("checkpoint-*/trainer_state.json")
+    for path in sorted(found, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+            return str(path.parent)
+        except json.JSONDecodeError:  # killed while it was written
+            continue
+    return None
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -217,6 +294,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.98,
         adam_epsilon=1e-6,
         optim="adamw_torch_fused",
+        gradient_accumulation_steps=args.gradient_accumulation,
+        average_tokens_across_devices=True,  # a step's loss is one mean, however its samples are spread
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=args.log_every,
@@ -228,12 +307,14 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
     )
 
 
 def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     """Model, data and Trainer from the command line."""
+    require_version("transformers>=4.48", "Older releases do not count the items of a step.")
     set_seed(args.seed)
     arguments = training_arguments(args)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -242,7 +323,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     if not len(train) and not args.eval_only:
         raise CorpusError("nothing to train on: every document is empty or held out")
     masker = Masker.for_tokenizer(tokenizer, args.mask_rate, args.span_words)
-    train_size = args.steps * args.batch_size * arguments.world_size
+    train_size = args.steps * args.batch_size * args.gradient_accumulation * arguments.world_size
     eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
     model = load_model(args, tokenizer)
     if args.word_vectors and arguments.process_index == 0 and not last_checkpoint(args.output):
@@ -270,7 +351,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation."""
+    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation, in every process."""
     trainer = build_trainer(args)
     if not args.eval_only:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
@@ -280,7 +361,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     metrics = trainer.evaluate() if len(trainer.eval_dataset) else {}
     if not args.eval_only and trainer.is_world_process_zero():
         history = {"history": trainer.state.log_history, "final": metrics}
-        (args.output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+        write_atomically(args.output / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     return metrics
 
 
@@ -311,14 +392,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--neighbour-heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
     if not 0 <= args.held_out_share < 1:
         parser.error(f"--held-out-share must be at least 0 and below 1, got {args.held_out_share}")
-    if args.max_length < 3 or args.steps < 1 or args.batch_size < 1:
-        parser.error("--max-length must be at least 3, --steps and --batch-size at least 1")
+    if args.max_length < 3 or min(args.steps, args.batch_size, args.gradient_accumulation) < 1:
+        parser.error("--max-length must be at least 3, --steps, --batch-size and --gradient-accumulation at least 1")
     return args
 
 
 def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-length", type=int, default=128, help="tokens of a piece, [CLS] and [SEP] included")
-    group.add_argument("--batch-size", type=int, default=64, help="pieces per step and process (see torchrun)")
+    group.add_argument("--batch-size", type=int, default=64, help="pieces per batch and process (see torchrun)")
+    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches that make a step")
     group.add_argument("--steps", type=int, default=1000)
     group.add_argument("--lr", type=float, default=1e-3)
     group.add_argument("--schedule", default="linear", help="learning-rate schedule, a name that the Trainer knows")
@@ -359,10 +441,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         metrics = run(args)
-    except (CorpusError, OSError) as error:
+    except (CorpusError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(metrics))
+    if int(os.environ.get("RANK", "0")) == 0:  # the first of torchrun's processes
+        print(json.dumps(metrics))
     return 0
 
 
