@@ -8,9 +8,12 @@ Initialization of Self-Attention Layers", 2023). Nothing is frozen: these are AL
 
 from __future__ import annotations
 
+import copy
+import re
+
 import torch
 from torch import Tensor
-from transformers import AlbertForMaskedLM
+from transformers import AlbertForMaskedLM, PreTrainedModel
 
 POSITION_DIMS = 32  # of the embedding, kept free of words at first
 POSITION_STD = 0.06  # twice that of words, whose vectors grow in training
@@ -61,3 +64,25 @@ def look_at_neighbours(model: AlbertForMaskedLM) -> None:
                 rows = slice(head * size, head * size + POSITION_DIMS)
                 layer.attention.query.weight[rows] = SHARPNESS * matrix @ read
                 layer.attention.key.weight[rows] = SHARPNESS * read
+
+
+def unshare_layers(model: PreTrainedModel, groups: int) -> PreTrainedModel:
+    """A model whose `groups` groups of layers all start as copies of the one that `model` has.
+
+    Its outputs are the same at first, and so is its cost; but the layers that shared their weights can part.
+
+    Raises:
+        ValueError: `model` has several groups, or its layers cannot be shared out to so many.
+    """
+    config = copy.deepcopy(model.config)
+    if config.num_hidden_groups != 1 or not 1 <= groups <= config.num_hidden_layers:
+        raise ValueError(
+            f"`groups` is {groups}: must be from 1 to the {config.num_hidden_layers} layers, of a model with one group "
+            f"(this one has {config.num_hidden_groups})."
+        )
+    config.num_hidden_groups = groups
+    parted = type(model)(config)
+    weights = model.state_dict()
+    source = {name: re.sub(r"(albert_layer_groups)\.\d+\.", r"\1.0.", name) for name in parted.state_dict()}
+    parted.load_state_dict({name: weights[first] for name, first in source.items()})
+    return parted

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils.versions import require_version
 
 from pretraining.corpus import CorpusError, is_drawn, read_ids, write_atomically
-from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours
+from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
 from pretraining.word_vectors import set_word_embeddings
@@ -246,12 +246,15 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         checkpoint = None  # in shards, by FSDP: the Trainer loads them
     source = args.model if args.eval_only else checkpoint or args.model
     if source is not None:
-        return AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
+        model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
+        parted = args.groups is None or model.config.num_hidden_groups == args.groups
+        return model if parted else unshare_layers(model, args.groups)
     config = AlbertConfig(
         vocab_size=len(tokenizer),
         embedding_size=args.embedding_size,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.layers,
+        num_hidden_groups=args.groups or 1,
         num_attention_heads=args.heads,
         intermediate_size=args.intermediate_size,
         hidden_act=args.activation,
@@ -412,6 +415,9 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     group.add_argument("--attention", help="attention implementation, eager or sdpa; default: transformers' choice")
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    group.add_argument(
+        "--groups", type=int, help="of layers with weights of their own; default: the --model's, or one"
+    )
     group.add_argument("--seed", type=int, default=1)
     group.add_argument("--log-every", type=int, default=50, help="steps")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -441,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         metrics = run(args)
-    except (CorpusError, ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", "0")) == 0:  # the first of torchrun's processes

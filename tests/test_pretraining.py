@@ -11,13 +11,14 @@ import numpy as np
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM
 from pretraining import pretrain_mlm
 from pretraining.corpus import CorpusError, is_drawn, read_documents
-from pretraining.initial_weights import look_at_neighbours, position_features, shift
+from pretraining.initial_weights import look_at_neighbours, position_features, shift, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import TokenizedDocuments, cut_pieces, load_tokens, piece_starts
 from pretraining.word_vectors import cooccurrences, set_word_embeddings
@@ -280,6 +281,34 @@ def test_first_heads_look_at_the_neighbours():
     assert before.diagonal(-1).mean() > 0.5 and after.diagonal(1).mean() > 0.5
     assert sum(around.diagonal(distance).mean() for distance in range(-5, 6)) > 0.5
     assert free.max() < 0.05
+
+
+@pytest.mark.parametrize("model_class", [AlbertForMaskedLM, LSGAlbertForMaskedLM])
+def test_layers_part_from_the_same_outputs(tiny_config, model_class):
+    """Three groups of four layers compute what one did; then a step trains each of them differently."""
+    config = tiny_config(num_hidden_layers=4)
+    shared = model_class(config if model_class is LSGAlbertForMaskedLM else AlbertConfig(**config.to_dict())).eval()
+    parted = unshare_layers(shared, 3).eval()
+    ids = torch.randint(5, 120, (2, 40))
+    torch.testing.assert_close(parted(ids).logits, shared(ids).logits)
+    assert shared.config.num_hidden_groups == 1 and parted.config.num_hidden_groups == 3
+    parted(ids, labels=ids).loss.backward()
+    weights = [group.albert_layers[0].ffn.weight for group in parted.albert.encoder.albert_layer_groups]
+    assert len(weights) == 3 and not torch.equal(weights[0].grad, weights[1].grad)
+    for model, groups in ((parted, 4), (shared, 5), (shared, 0)):
+        with pytest.raises(ValueError, match=f"`groups` is {groups}"):
+            unshare_layers(model, groups)
+
+
+@training
+def test_goes_on_with_layers_of_their_own(corpus, tmp_path):
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "a", "--layers", "2", "--steps", "1")) == 0
+    options = ["--model", str(tmp_path / "a" / "final"), "--groups", "2", "--steps", "2"]
+    for steps in ("2", "3"):  # the second time from the checkpoint, which has two groups already
+        assert pretrain_mlm.main(arguments(corpus, tmp_path / "b", *options, "--steps", steps)) == 0
+    weights = load_file(tmp_path / "b" / "final" / "model.safetensors")
+    name = "albert.encoder.albert_layer_groups.{}.albert_layers.0.ffn.weight"
+    assert not torch.equal(weights[name.format(0)], weights[name.format(1)])
 
 
 @training
