@@ -66,6 +66,29 @@ def look_at_neighbours(model: AlbertForMaskedLM) -> None:
                 layer.attention.key.weight[rows] = SHARPNESS * read
 
 
+@torch.no_grad()
+def extend_positions(model: PreTrainedModel, trained: int) -> None:
+    """Make the position embeddings beyond the `trained` ones continue those, in place.
+
+    How training moved the positions away from the features that `look_at_neighbours` gave them is fitted as a linear
+    function of these features (ridge regression), and that function holds for all positions: the map that takes each
+    trained position to its neighbour goes on. The first and the last trained one only ever saw [CLS] and [SEP], and are
+    left out.
+
+    Raises:
+        ValueError: there are not enough positions to fit, or none beyond them.
+    """
+    positions = model.albert.embeddings.position_embeddings.weight
+    if not POSITION_DIMS < trained - 2 < len(positions):
+        raise ValueError(f"`trained` is {trained}: must be above {POSITION_DIMS + 2} and below {len(positions)}.")
+    features = torch.cat([position_features(len(positions)), torch.ones(len(positions), 1)], dim=1)
+    start = torch.zeros_like(positions)
+    start[:, :POSITION_DIMS] = POSITION_STD * features[:, :-1]
+    seen, moved = features[1 : trained - 1], (positions - start)[1 : trained - 1]
+    fitted = torch.linalg.solve(seen.T @ seen + torch.eye(seen.shape[1]), seen.T @ moved)
+    positions[trained - 1 :] = (start + features @ fitted)[trained - 1 :]
+
+
 def unshare_layers(model: PreTrainedModel, groups: int) -> PreTrainedModel:
     """A model whose `groups` groups of layers all start as copies of the one that `model` has.
 

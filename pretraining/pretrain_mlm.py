@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from transformers import (
 from transformers.utils.versions import require_version
 
 from pretraining.corpus import CorpusError, is_drawn, read_ids, write_atomically
-from pretraining.initial_weights import POSITION_DIMS, look_at_neighbours, unshare_layers
+from pretraining.initial_weights import POSITION_DIMS, extend_positions, look_at_neighbours, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
 from pretraining.word_vectors import set_word_embeddings
@@ -65,14 +66,32 @@ class Corpus:
         return np.asarray(self.tokens[file][start:end])
 
 
+class Sample(NamedTuple):
+    """Ids and labels, both of shape ``(length,)``, and the position of the first."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    first_position: int = 0
+
+
 class MaskedSamples(Dataset):
     """The samples of a whole run: sample ``i`` depends on the seed and ``i`` alone, so a run can be taken up anywhere.
 
-    Every pass over the corpus has its own order and its own masks.
+    Every pass over the corpus has its own order and its own masks. With `positions`, each sample lies anywhere in that
+    many positions, so that short samples train them all (Kiyono et al., "SHAPE: Shifted Absolute Position Embedding
+    for Transformers", 2021).
     """
 
-    def __init__(self, corpus: Corpus, masker: Masker, tokenizer: PreTrainedTokenizerBase, seed: int, size: int):
-        self.corpus, self.masker, self.seed, self.size = corpus, masker, seed, size
+    def __init__(
+        self,
+        corpus: Corpus,
+        masker: Masker,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        size: int,
+        positions: int | None = None,
+    ):
+        self.corpus, self.masker, self.seed, self.size, self.positions = corpus, masker, seed, size, positions
         self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -82,15 +101,17 @@ class MaskedSamples(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(input_ids, labels)``, both of shape ``(length,)`` with `[CLS]` and `[SEP]` around the piece."""
+    def __getitem__(self, index: int) -> Sample:
+        """A piece with some tokens hidden, between `[CLS]` and `[SEP]`."""
         epoch, place = divmod(index, len(self.corpus))
         tokens = self.corpus[self._order(epoch)[place]].astype(np.int64)
         rng = np.random.default_rng((self.seed, 1, index))
         chosen = self.masker.choose(tokens, rng)
         hidden = self.masker.hide(tokens, chosen, rng)
         labels = np.where(chosen, tokens, IGNORED)
-        return np.array([self.cls_id, *hidden, self.sep_id]), np.array([IGNORED, *labels, IGNORED])
+        input_ids = np.array([self.cls_id, *hidden, self.sep_id])
+        first = 0 if self.positions is None else int(rng.integers(self.positions - len(input_ids) + 1))
+        return Sample(input_ids, np.array([IGNORED, *labels, IGNORED]), first)
 
 
 class Share(Dataset):
@@ -105,26 +126,30 @@ class Share(Dataset):
     def __len__(self) -> int:
         return -(-len(self.samples) // self.processes)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample:
         index = index * self.processes + self.process
-        ids, labels = self.samples[min(index, len(self.samples) - 1)]
-        return ids, labels if index < len(self.samples) else np.full_like(labels, IGNORED)
+        sample = self.samples[min(index, len(self.samples) - 1)]
+        return sample if index < len(self.samples) else sample._replace(labels=np.full_like(sample.labels, IGNORED))
 
 
-def collate(samples: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
-    """Pad to the longest sample: ids, labels and, if there is padding, attention mask, all of shape (batch, length).
+def collate(samples: list[Sample], pad_id: int) -> dict[str, Tensor]:
+    """Pad to the longest sample: ids, labels and what else the model needs, all of shape (batch, length).
 
-    A batch without padding has no mask, since attention without one is faster.
+    A batch without padding has no attention mask, since attention without one is faster; one whose samples all begin at
+    position 0 has no positions.
     """
-    length = max(len(ids) for ids, _ in samples)
+    length = max(len(sample.input_ids) for sample in samples)
     input_ids = np.full((len(samples), length), pad_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORED)
     mask = np.zeros_like(input_ids)
-    for row, (ids, targets) in enumerate(samples):
+    for row, (ids, targets, _) in enumerate(samples):
         input_ids[row, : len(ids)], labels[row, : len(ids)], mask[row, : len(ids)] = ids, targets, 1
     batch = {"input_ids": input_ids, "labels": labels}
     if not mask.all():
         batch["attention_mask"] = mask
+    first = np.array([sample.first_position for sample in samples])
+    if first.any():
+        batch["position_ids"] = np.where(mask, first[:, None] + np.arange(length), 0)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -133,20 +158,22 @@ def masked_lm_forward(
     input_ids: Tensor,
     labels: Tensor,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
     """Loss and predictions at the chosen positions only, a seventh of the work of the large output layer.
 
     Args:
         model: an ALBERT or LSG-ALBERT with a masked-language-model head.
-        input_ids, labels, attention_mask: (batch, length).
+        input_ids, labels, attention_mask, position_ids: (batch, length).
         num_items_in_batch: the chosen positions of the whole step: of all its batches, in all processes.
 
     Returns:
         ``loss``, the sum of cross-entropies over that number, by default over the chosen positions here; ``logits``
         (chosen, vocabulary) and ``targets`` (chosen,).
     """
-    states = model.albert(input_ids=input_ids, attention_mask=attention_mask)[0]  # (batch, length, hidden)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    states = model.albert(**inputs)[0]  # (batch, length, hidden)
     chosen = labels != IGNORED
     logits, targets = model.predictions(states[chosen]).float(), labels[chosen]
     losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -247,6 +274,8 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     source = args.model if args.eval_only else checkpoint or args.model
     if source is not None:
         model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
+        if args.extend_positions is not None and not checkpoint:
+            extend_positions(model, args.extend_positions)
         parted = args.groups is None or model.config.num_hidden_groups == args.groups
         return model if parted else unshare_layers(model, args.groups)
     config = AlbertConfig(
@@ -329,6 +358,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     train_size = args.steps * args.batch_size * args.gradient_accumulation * arguments.world_size
     eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
     model = load_model(args, tokenizer)
+    positions = model.config.max_position_embeddings if args.shift_positions else None
     if args.word_vectors and arguments.process_index == 0 and not last_checkpoint(args.output):
         tokens = np.concatenate([train[index] for index in range(len(train))])
         first = POSITION_DIMS if args.neighbour_heads else 0
@@ -339,7 +369,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     return MaskedLMTrainer(
         model=model,
         args=arguments,
-        train_dataset=MaskedSamples(train, masker, tokenizer, args.seed, train_size),
+        train_dataset=MaskedSamples(train, masker, tokenizer, args.seed, train_size, positions),
         eval_dataset=MaskedSamples(evaluation, masker, tokenizer, args.eval_seed, eval_size),
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -414,6 +444,10 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--span-words", type=int, default=3, help="words that are masked together at most")
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     group.add_argument("--attention", help="attention implementation, eager or sdpa; default: transformers' choice")
+    group.add_argument("--shift-positions", action="store_true", help="place each piece anywhere in the positions")
+    group.add_argument(
+        "--extend-positions", type=int, metavar="N", help="set those after the first N, the trained ones"
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     group.add_argument(
         "--groups", type=int, help="of layers with weights of their own; default: the --model's, or one"

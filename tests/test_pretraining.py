@@ -1,6 +1,7 @@
 """Masking, cutting and training, on a text written here and the vocabulary at the root."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM
 from pretraining import pretrain_mlm
 from pretraining.corpus import CorpusError, is_drawn, read_documents
-from pretraining.initial_weights import look_at_neighbours, position_features, shift, unshare_layers
+from pretraining.initial_weights import extend_positions, look_at_neighbours, position_features, shift, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import TokenizedDocuments, cut_pieces, load_tokens, piece_starts
 from pretraining.word_vectors import cooccurrences, set_word_embeddings
@@ -146,7 +147,7 @@ def test_samples_come_from_one_document_and_every_pass_reads_all(corpus, tokeniz
     samples = pretrain_mlm.MaskedSamples(train, Masker.for_tokenizer(tokenizer), tokenizer, 1, 3 * len(train))
     passes = []
     for index in range(len(samples)):
-        ids, labels = samples[index]
+        ids, labels, _ = samples[index]
         text = np.where(labels == IGNORED, ids, labels)
         assert text[0] == 2 and text[-1] == 3 and len(text) <= 16 and labels[0] == labels[-1] == IGNORED
         assert len(names & set(text)) <= 1
@@ -160,16 +161,29 @@ def test_samples_come_from_one_document_and_every_pass_reads_all(corpus, tokeniz
     assert not any(held_out & set(train[index]) for index in range(len(train)))
 
 
+def test_shifted_samples_reach_every_position_and_keep_their_text(corpus, tokenizer, tmp_path):
+    train, _ = pretrain_mlm.load_corpora(pretrain_mlm.parse_args(arguments(corpus, tmp_path / "out")), tokenizer)
+    options = train, Masker.for_tokenizer(tokenizer), tokenizer, 1, 400
+    plain, shifted = pretrain_mlm.MaskedSamples(*options), pretrain_mlm.MaskedSamples(*options, positions=64)
+    pairs = [(plain[index], shifted[index]) for index in range(400)]
+    assert all((a.input_ids == b.input_ids).all() and (a.labels == b.labels).all() for a, b in pairs)
+    assert all(a.first_position == 0 for a, _ in pairs)
+    reached = {b.first_position + i for _, b in pairs for i in range(len(b.input_ids))}
+    assert reached == set(range(64))
+
+
 def test_collate_masks_padding_only():
     rows = [
-        (np.array([2, 7, 8, 3]), np.array([-100, 7, -100, -100])),
-        (np.array([2, 9, 3]), np.array([-100, 9, -100])),
+        pretrain_mlm.Sample(np.array([2, 7, 8, 3]), np.array([-100, 7, -100, -100])),
+        pretrain_mlm.Sample(np.array([2, 9, 3]), np.array([-100, 9, -100])),
     ]
     batch = pretrain_mlm.collate(rows, pad_id=0)
     assert batch["input_ids"].tolist() == [[2, 7, 8, 3], [2, 9, 3, 0]]
     assert batch["labels"].tolist() == [[-100, 7, -100, -100], [-100, 9, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert "attention_mask" not in pretrain_mlm.collate(rows[:1], pad_id=0)
+    assert set(pretrain_mlm.collate(rows[:1], pad_id=0)) == {"input_ids", "labels"}
+    shifted = pretrain_mlm.collate([rows[0], rows[1]._replace(first_position=5)], pad_id=0)
+    assert shifted["position_ids"].tolist() == [[0, 1, 2, 3], [5, 6, 7, 0]]
 
 
 def test_word_vectors_bring_words_of_like_surroundings_together():
@@ -281,6 +295,54 @@ def test_first_heads_look_at_the_neighbours():
     assert before.diagonal(-1).mean() > 0.5 and after.diagonal(1).mean() > 0.5
     assert sum(around.diagonal(distance).mean() for distance in range(-5, 6)) > 0.5
     assert free.max() < 0.05
+
+
+def test_positions_are_carried_on_as_they_were_trained():
+    """Trained positions that are a linear function of the features go on as the same function."""
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=50, hidden_size=128, num_attention_heads=4, num_hidden_layers=1, embedding_size=64
+    )
+    model = AlbertForMaskedLM(config)
+    look_at_neighbours(model)
+    positions = model.albert.embeddings.position_embeddings.weight
+    moved = positions.detach() @ torch.randn(64, 64) + torch.randn(64)
+    with torch.no_grad():
+        positions[1:127] = moved[1:127]
+    untouched = positions.detach().clone()
+    extend_positions(model, 128)
+    assert torch.equal(positions[1:127], moved[1:127])
+    error, before = ((table - moved)[127:].norm(dim=1) / moved[127:].norm(dim=1) for table in (positions, untouched))
+    assert error[:8].max() < 0.1  # then it grows: the slowest features hardly turn in 128 tokens
+    assert (error < before).all()
+    for trained in (34, 514):
+        with pytest.raises(ValueError, match=f"`trained` is {trained}"):
+            extend_positions(model, trained)
+
+
+@training
+def test_goes_on_at_shifted_positions(corpus, tmp_path):
+    """A killed and resumed run draws the same positions: its losses are those of an unbroken one."""
+    options = [
+        "--shift-positions",
+        "--neighbour-heads",
+        "--hidden-size",
+        "96",
+        "--embedding-size",
+        "48",
+        "--steps",
+        "4",
+    ]
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "a", *options)) == 0
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "a" / "final" / name).unlink()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "b", *options)) == 0
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    plain = [option for option in options if option != "--shift-positions"]
+    assert pretrain_mlm.main(arguments(corpus, tmp_path / "c", *plain)) == 0
+    assert losses(tmp_path / "c") != losses(tmp_path / "a")
 
 
 @pytest.mark.parametrize("model_class", [AlbertForMaskedLM, LSGAlbertForMaskedLM])
