@@ -31,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+RESAMPLES = 1000  # of the test documents, for the intervals
 SAMPLE_SEED = 0  # of --limit-*: not the run's seed, so that runs with several seeds are scored on the same documents
 
 # Where releases of transformers differ.
@@ -54,6 +55,14 @@ class Field(NamedTuple):
     name: str
     types: tuple[type, ...] = (str,)
     what: str = "text"
+
+
+class Spread(NamedTuple):
+    """A mean over the test documents, and the 95 % bootstrap interval around it."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class Trained(NamedTuple):
@@ -222,7 +231,7 @@ def load_pretrained(auto_class: type, path: str | Path, **options: Any) -> PreTr
     """A model with its own code, by one of transformers' ``AutoModelFor...`` classes."""
     try:
         return auto_class.from_pretrained(path, trust_remote_code=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())}") from error
 
 
@@ -286,6 +295,19 @@ def train(output: Path, build: Callable[[Path | None], Trainer]) -> Trained:
 
 
 # --- Results
+
+
+def ratio_spread(parts: Sequence[float], wholes: Sequence[float]) -> Spread:
+    """The sum of the parts by that of the wholes, in percent (0 of 0: 0); both have a value for each test document.
+
+    The interval is that of resampled documents, not of what was counted in them, which is alike within a document.
+    """
+    pairs = np.stack([parts, wholes], axis=1).astype(np.float64)
+    chosen = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
+    sums = np.concatenate([pairs.sum(0)[None], pairs[chosen].sum(1)])
+    ratios = 100 * np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
+    low, high = np.percentile(ratios[1:], [2.5, 97.5])
+    return Spread(float(ratios[0]), float(low), float(high))
 
 
 def device_name() -> str:

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -36,8 +35,10 @@ from transformers import (
 )
 
 from fine_tuning import (
+    RESAMPLES,
     TOKENIZER_ARGUMENT,
     Field,
+    Spread,
     UsageError,
     add_data_options,
     add_training_options,
@@ -59,17 +60,8 @@ from fine_tuning import (
 )
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
-RESAMPLES = 1000  # of the test documents, for the intervals
 # A run may be taken up again with other values of these; all others belong to its checkpoints.
 FREE = {"output", "test_file", "limit_test", "beams", "no_repeat_ngrams", "eval_batch_size", "log_every", "save_every"}
-
-
-class Spread(NamedTuple):
-    """A mean over the test documents, and the 95 % bootstrap interval around it."""
-
-    mean: float
-    low: float
-    high: float
 
 
 # --- Data
