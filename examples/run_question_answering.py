@@ -18,19 +18,22 @@ checkpoint with the same data in the same order. OUTPUT then holds `final` (the 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import re
 import string
 import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -76,13 +79,21 @@ class Span(NamedTuple):
     stop: int
 
 
+class Answer(NamedTuple):
+    """Characters of a context from `start` up to, but not including, `stop`, and what they are."""
+
+    start: int
+    stop: int
+    text: str
+
+
 class Question(NamedTuple):
-    """A question about a row's context, and the spans that answer it: none if the context does not."""
+    """A question about a row's context, and its answers: none if the context does not answer it."""
 
     row: int
     context: str
     text: str
-    answers: tuple[Span, ...]
+    answers: tuple[Answer, ...]
 
 
 class Reading(NamedTuple):
@@ -119,7 +130,19 @@ def read(question: Question, tokenizer: PreTrainedTokenizerBase, max_length: int
     return Reading(features, offsets, tokens, features["input_ids"].index(tokenizer.cls_token_id), stop)
 
 
-def answer_tokens(reading: Reading, answer: Span) -> tuple[int, int] | None:
+def readable(context: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The context up to the end of the word that its token number `max_length` is in, beyond which it is never read.
+
+    Most of a very long document's time would go into tokens that are cut off, once for each of its questions.
+    """
+    offsets = tokenizer(
+        context, add_special_tokens=False, truncation=True, max_length=max_length, return_offsets_mapping=True
+    )["offset_mapping"]
+    space = re.compile(r"\s").search(context, offsets[-1][1]) if len(offsets) == max_length else None
+    return context[: space.start()] if space else context
+
+
+def answer_tokens(reading: Reading, answer: Answer) -> tuple[int, int] | None:
     """The first and the last token of an answer; None if it was not read to its end."""
     if answer.stop > reading.stop:
         return None
@@ -190,23 +213,23 @@ def data_fields(args: argparse.Namespace) -> dict[str, Field]:
     }
 
 
-def answer_spans(context: str, answers: Any, place: str) -> tuple[Span, ...]:
-    """The answers' characters; SQuAD's files have a list of answers, its version on the Hub has lists of their parts."""
+def read_answers(context: str, answers: Any, place: str) -> tuple[Answer, ...]:
+    """The answers, which are where they say; SQuAD's files have a list of answers, its version on the Hub has lists of their parts."""
     if isinstance(answers, dict):
         answers = [dict(zip(answers, parts, strict=False)) for parts in zip(*answers.values(), strict=False)]
     if not isinstance(answers, list):
         raise UsageError(f'{place}: no list of "answers"; for a question without an answer it is to be empty')
-    spans = []
+    checked = []
     for answer in answers:
         text, start = (answer.get(name) if isinstance(answer, dict) else None for name in ("text", "answer_start"))
         if not isinstance(text, str) or not text or not isinstance(start, int) or start < 0:
             raise UsageError(f'{place}: {answer!r} is no answer; it is to have a "text" and its "answer_start"')
-        span = Span(start, start + len(text))
-        if context[start : span.stop] != text:
-            found = context[start : span.stop]
+        stop = start + len(text)
+        if context[start:stop] != text:
+            found = context[start:stop]
             raise UsageError(f"{place}: character {start} of the context begins {found!r}, not the answer {text!r}")
-        spans.append(span)
-    return tuple(spans)
+        checked.append(Answer(start, stop, text))
+    return tuple(checked)
 
 
 def read_questions(rows: Sequence[dict[str, Any]], split: str, answerable_only: bool) -> list[Question]:
@@ -218,7 +241,7 @@ def read_questions(rows: Sequence[dict[str, Any]], split: str, answerable_only: 
             place = f"{split} data, row {number + 1}" + (f", question {index}" if "qas" in row else "")
             if not isinstance(qa, dict) or not isinstance(qa.get("question"), str):
                 raise UsageError(f'{place}: no text in a field "question"')
-            answers = answer_spans(row["context"], qa.get("answers"), place)
+            answers = read_answers(row["context"], qa.get("answers"), place)
             if answers or not answerable_only:
                 questions.append(Question(number, row["context"], qa["question"], answers))
     if not questions:
@@ -226,18 +249,24 @@ def read_questions(rows: Sequence[dict[str, Any]], split: str, answerable_only: 
     return questions
 
 
-def check_questions(
-    questions: Iterable[Question], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
-) -> None:
-    """Each question leaves room for some of its context."""
+def fit_questions(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
+) -> list[Question]:
+    """The questions with what is readable of their contexts; each must leave room for some of it."""
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - 1
-    for question in questions:
-        size = len(tokenizer(question.text, add_special_tokens=False)["input_ids"])
-        if size > room:
-            raise UsageError(
-                f"--max-length {max_length} leaves no room for the document of row {question.row + 1} of the {split} data:"
-                f" a question has {size} tokens, {size - room} too many"
-            )
+    fitted = []
+    for row, group in itertools.groupby(questions, key=lambda question: question.row):
+        for question in group:
+            size = len(tokenizer(question.text, add_special_tokens=False)["input_ids"])
+            if size > room:
+                raise UsageError(
+                    f"--max-length {max_length} leaves no room for the document of row {row + 1} of the {split} data: "
+                    f"a question has {size} tokens, {size - room} too many"
+                )
+            new_row = not fitted or fitted[-1].row != row
+            context = readable(question.context, tokenizer, max_length) if new_row else fitted[-1].context
+            fitted.append(question._replace(context=context))
+    return fitted
 
 
 class Examples(Dataset):
@@ -245,6 +274,7 @@ class Examples(Dataset):
 
     Args:
         positions: the first and the last token of each question's answer, for the loss; None: without.
+        not_read: how many more questions there were, whose answers lie beyond.
     """
 
     def __init__(
@@ -253,9 +283,10 @@ class Examples(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         positions: Sequence[tuple[int, int]] | None = None,
+        not_read: int = 0,
     ):
         self.questions, self.tokenizer, self.max_length = questions, tokenizer, max_length
-        self.positions = positions
+        self.positions, self.not_read = positions, not_read
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -283,13 +314,12 @@ def with_targets(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
 ) -> Examples:
     """The questions that can be learned from."""
-    check_questions(questions, tokenizer, max_length, split)
     targets = [target(question, read(question, tokenizer, max_length)) for question in questions]
     pairs = [pair for pair in zip(questions, targets, strict=True) if pair[1] is not None]
     if not pairs:
         raise UsageError(f"no answer of the {split} data lies within --max-length {max_length} tokens")
     kept, positions = zip(*pairs, strict=True)
-    return Examples(kept, tokenizer, max_length, positions)
+    return Examples(kept, tokenizer, max_length, positions, len(questions) - len(kept))
 
 
 # --- Scores, by SQuAD's definitions
@@ -325,11 +355,10 @@ def score(question: Question, found: Span | None, was_read: bool) -> dict[str, f
     if not was_read or found is None:
         return dict.fromkeys(METRICS, 0.0)
     made = question.context[slice(*found)]
-    wanted = [question.context[slice(*answer)] for answer in question.answers]
     return {
-        "exact_match": max(exact_match(made, text) for text in wanted),
-        "f1": max(word_f1(made, text) for text in wanted),
-        "overlap": float(any(found.start < span.stop and span.start < found.stop for span in question.answers)),
+        "exact_match": max(exact_match(made, answer.text) for answer in question.answers),
+        "f1": max(word_f1(made, answer.text) for answer in question.answers),
+        "overlap": float(any(found.start < answer.stop and answer.start < found.stop for answer in question.answers)),
     }
 
 
@@ -374,7 +403,7 @@ def score_test(
                 "question": question.text,
                 "prediction": found and context[slice(*found)],
                 "prediction_start": found and found.start,
-                "references": [context[slice(*answer)] for answer in question.answers],
+                "references": [answer.text for answer in question.answers],
                 "read": was_read,
             }
             | values[-1]
@@ -416,25 +445,33 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def build_examples(
+    args: argparse.Namespace, rows: Mapping[str, Sequence[dict[str, Any]] | None], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Examples | None]:
+    """The questions of each split: of the test data all, of the others those that can be learned from."""
+    examples = {}
+    for split, found in rows.items():
+        if found is None:
+            examples[split] = None
+            continue
+        questions = read_questions(found, split, args.answerable_only)
+        questions = fit_questions(questions, tokenizer, args.max_length, split)
+        make = Examples if split == "test" else functools.partial(with_targets, split=split)
+        examples[split] = make(questions, tokenizer, args.max_length)
+    return examples
+
+
 def build_trainer(
     args: argparse.Namespace,
     arguments: TrainingArguments,
-    questions: Mapping[str, Sequence[Question] | None],
+    examples: Mapping[str, Examples | None],
     model_path: str | Path,
 ) -> Trainer:
-    """Model, data and Trainer."""
+    """Model and Trainer."""
     set_seed(args.seed)
     model = load_pretrained(AutoModelForQuestionAnswering, model_path)
-    args.max_length = check_length("--max-length", args.max_length, model.config)
     enable_gradient_checkpointing(model, args)
-    tokenizer = load_tokenizer(args)
-    examples = {
-        split: found and with_targets(found, tokenizer, args.max_length, split)
-        for split, found in questions.items()
-        if split != "test"
-    }
-    if questions["test"] is not None:
-        check_questions(questions["test"], tokenizer, args.max_length, "test")  # before hours of training
+    tokenizer = examples["train"].tokenizer
     return Trainer(
         model=model,
         args=arguments,
@@ -450,25 +487,20 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     arguments = TrainingArguments(**training_keywords(args))
     with arguments.main_process_first(desc="reading the data"):
         rows = load_splits(args, data_fields(args))
-    questions = {
-        split: None if found is None else read_questions(found, split, args.answerable_only)
-        for split, found in rows.items()
-    }
-    if args.eval_every and questions["validation"] is None:
+    if args.eval_every and rows["validation"] is None:
         raise UsageError("--eval-every needs validation data")
+    args.max_length = check_length("--max-length", args.max_length, load_pretrained(AutoConfig, args.model))
+    examples = build_examples(args, rows, load_tokenizer(args))
     if arguments.process_index == 0:
         check_same_run(args, FREE)
-    trained = train(
-        args.output, lambda checkpoint: build_trainer(args, arguments, questions, checkpoint or args.model)
-    )
+    trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, examples, checkpoint or args.model))
     trainer, checkpoint = trained.trainer, trained.checkpoint
     save_final(trainer, args.output)
-    if questions["test"] is None:
+    if rows["test"] is None:
         return None
-    examples = trainer.train_dataset
-    tested = Examples(questions["test"], examples.tokenizer, args.max_length)
-    may_be_none = not all(question.answers for question in questions["train"])
-    scored, answers = score_test(trainer, tested, args.max_answer_length, may_be_none)
+    learned = examples["train"]
+    may_be_none = not all(question.answers for question in learned.questions)
+    scored, answers = score_test(trainer, examples["test"], args.max_answer_length, may_be_none)
     if not trainer.is_world_process_zero():
         return None
     results = scored | {
@@ -476,8 +508,8 @@ def run(args: argparse.Namespace, command: str) -> str | None:
         "seed": args.seed,
         "steps": trained.state["global_step"],
         "train_documents": len(rows["train"]),
-        "train_questions": len(questions["train"]),
-        "train_questions_not_read": len(questions["train"]) - len(examples),
+        "train_questions": len(learned) + learned.not_read,
+        "train_questions_not_read": learned.not_read,
         "max_length": args.max_length,
         "max_answer_length": args.max_answer_length,
         "may_answer_none": may_be_none,

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
@@ -331,28 +332,19 @@ def format_table(results: dict) -> str:
 def build_trainer(
     args: argparse.Namespace,
     arguments: TrainingArguments,
-    rows: Mapping[str, list[dict[str, list[str]]] | None],
+    examples: Mapping[str, Examples | None],
     model_path: str | Path,
 ) -> Trainer:
-    """Model, data and Trainer, which predicts the tags' numbers."""
+    """Model and Trainer, which predicts the tags' numbers."""
     set_seed(args.seed)
-    names = tag_names(entity_types(row["tags"] for row in rows["train"]))
+    numbers, tokenizer = examples["train"].numbers, examples["train"].tokenizer
     model = load_pretrained(
         AutoModelForTokenClassification,
         model_path,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
+        id2label={number: name for name, number in numbers.items()},
+        label2id=numbers,
     )
-    args.max_length = check_length("--max-length", args.max_length, model.config)
     enable_gradient_checkpointing(model, args)
-    tokenizer = load_tokenizer(args)
-    examples = {
-        split: found and Examples(found, tokenizer, names, args.max_length, args.pieces)
-        for split, found in rows.items()
-        if split != "test"
-    }
-    if not len(examples["train"]):
-        raise UsageError("the train data has no word that the tokenizer knows")
     return Trainer(
         model=model,
         args=arguments,
@@ -364,11 +356,28 @@ def build_trainer(
     )
 
 
+def build_examples(
+    args: argparse.Namespace, rows: Mapping[str, list[dict[str, list[str]]] | None], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Examples | None]:
+    """Each split's documents, with the tags of the training data."""
+    names = tag_names(entity_types(row["tags"] for row in rows["train"]))
+    examples = {
+        split: found and Examples(found, tokenizer, names, args.max_length, args.pieces)
+        for split, found in rows.items()
+    }
+    for split, found in examples.items():
+        if found is not None and not len(found):
+            raise UsageError(f"the {split} data has no word that the tokenizer knows")
+    return examples
+
+
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which must be able to say which word a token belongs to, and have room for one."""
+    """The model's tokenizer, which must be able to say which word a token belongs to; there must be room for one."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if not tokenizer.is_fast:
-        raise UsageError(f"{args.model} has no fast tokenizer (tokenizer.json), which the words' positions come from")
+        raise UsageError(
+            f"--model {args.model} has no fast tokenizer (tokenizer.json), which says whose tokens are whose"
+        )
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if args.max_length < shortest:
         raise UsageError(f"--max-length {args.max_length} leaves no room for words: it is to be {shortest} or more")
@@ -387,18 +396,16 @@ def run(args: argparse.Namespace, command: str) -> str | None:
         rows = {split: check_rows(found, split) for split, found in load_splits(args, data_fields(args)).items()}
     if args.eval_every and rows["validation"] is None:
         raise UsageError("--eval-every needs validation data")
+    args.max_length = check_length("--max-length", args.max_length, load_pretrained(AutoConfig, args.model))
+    examples = build_examples(args, rows, load_tokenizer(args))
     if arguments.process_index == 0:
         check_same_run(args, FREE)
-    trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, rows, checkpoint or args.model))
+    trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, examples, checkpoint or args.model))
     trainer, checkpoint = trained.trainer, trained.checkpoint
     save_final(trainer, args.output)
     if rows["test"] is None:
         return None
-    examples = trainer.train_dataset
-    tested = Examples(rows["test"], examples.tokenizer, list(examples.numbers), args.max_length, args.pieces)
-    if not len(tested):
-        raise UsageError("the test data has no word that the tokenizer knows")
-    scored, documents = score_test(trainer, tested, frequent_tags(rows["train"]))
+    scored, documents = score_test(trainer, examples["test"], frequent_tags(rows["train"]))
     if not trainer.is_world_process_zero():
         return None
     results = scored | {

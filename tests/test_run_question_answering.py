@@ -24,7 +24,7 @@ from test_examples import example
 from test_run_summarization import kill_at, write_rows
 
 script = example("run_question_answering")
-Question, Span = script.Question, script.Span
+Answer, Question, Span = script.Answer, script.Question, script.Span
 RECIPE = "--batch-size 8 --eval-batch-size 4 --lr 3e-3 --log-every 1 --save-every 500".split()
 FILLERS = "The river flows from mountains into valleys where old trees grow and birds sing all day".split()
 
@@ -137,7 +137,7 @@ def test_answers_beyond_the_length_are_not_trained_on_and_count_as_missed(model,
     assert results["train_questions"] == 100 and 20 < results["train_questions_not_read"] < 80
     lines = read_predictions(tmp_path)
     unread = [line for line in lines if not line["read"]]
-    assert len(lines) == 10 and len(unread) == results["test_questions_not_read"] > 5
+    assert len(lines) == 10 and len(unread) == results["test_questions_not_read"] > 0
     assert all(line[name] == 0 for line in unread for name in script.METRICS)
     assert not results["may_answer_none"] and all(line["prediction"] for line in lines)
     assert list(results["scores"]) == ["all"]
@@ -242,8 +242,8 @@ def recover(context, answer, tokenizer):
     ],
 )
 def test_answers_are_recovered_as_they_were_written(tokenizer, before, answer, after):
-    span = Span(len(before), len(before) + len(answer))
-    assert recover(before + answer + after, span, tokenizer) == answer
+    place = Answer(len(before), len(before) + len(answer), answer)
+    assert recover(before + answer + after, place, tokenizer) == answer
 
 
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=20)
@@ -257,15 +257,16 @@ def test_positions_hold_the_answers_characters_and_no_other_words(tokenizer, wor
     first = data.draw(st.integers(0, len(words) - 1))
     last = data.draw(st.integers(first, len(words) - 1))
     start = len(" ".join(words[:first])) + (first > 0)
-    answer = Span(start, start + len(" ".join(words[first : last + 1])))
+    text = " ".join(words[first : last + 1])
+    answer = Answer(start, start + len(text), text)
     reading = reading_of(context, tokenizer)
     seen = {i for token in reading.tokens for i in range(*reading.offsets[token])}
     tokens = script.answer_tokens(reading, answer)
-    assert (tokens is None) == seen.isdisjoint(range(*answer))
+    assert (tokens is None) == seen.isdisjoint(range(*answer[:2]))
     if tokens is not None and not context[answer.start].isspace():
         found = script.answer_text(context, reading, *tokens)
         spaces = {i for i, character in enumerate(context) if character.isspace()}
-        assert seen & set(range(*found)) - spaces == seen & set(range(*answer)) - spaces
+        assert seen & set(range(*found)) - spaces == seen & set(range(*answer[:2])) - spaces
 
 
 @settings(deadline=None, max_examples=60)
@@ -322,12 +323,29 @@ def test_answers_are_read_up_to_the_cut(tokenizer):
     whole = reading_of(context, tokenizer)
     assert len(whole.tokens) > 5
     cut = reading_of(context, tokenizer, len(whole.features["input_ids"]) - 1)
-    four, five = Span(14, 18), Span(19, len(context))
+    four, five = Answer(14, 18, "four"), Answer(19, len(context), context[19:])
     assert script.answer_tokens(cut, four) == script.answer_tokens(whole, four)
     assert script.answer_tokens(cut, five) is None and script.answer_tokens(whole, five)[1] == whole.tokens[-1]
     question = Question(0, context, "What is it?", (five, four))
     assert script.target(question, cut) == script.answer_tokens(cut, four)  # the first answer that was read
     assert script.target(Question(0, context, "?", ()), cut) == (0, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(words=WORDS, max_length=st.integers(12, 30))
+def test_leaving_out_what_is_never_read_changes_no_reading(tokenizer, words, max_length):
+    context = " ".join(words * 3)
+    short = script.readable(context, tokenizer, max_length)
+    assert context.startswith(short)
+    whole, part = (reading_of(text, tokenizer, max_length) for text in (context, short))
+    assert part == whole if len(whole.features["input_ids"]) == max_length else short == context
+
+
+def test_each_document_is_shortened_for_its_questions(tokenizer):
+    rows = [{"context": text, "qas": [{"question": "?", "answers": []}] * 2} for text in ("a b c " * 9, "d e f " * 9)]
+    questions = script.read_questions(rows, "train", False)
+    fitted = script.fit_questions(questions, tokenizer, 9, "train")
+    assert [question.context for question in fitted] == ["a b c " * 2 + "a b c"] * 2 + ["d e f " * 2 + "d e f"] * 2
 
 
 def test_a_context_without_tokens_has_no_answer(tokenizer):
@@ -356,7 +374,9 @@ def test_exact_match_and_f1_by_hand(prediction, answer, exact, f1):
 
 
 def test_scores_are_those_of_the_best_answer():
-    question = Question(0, "It rained in May and in June 1900.", "When?", (Span(13, 16), Span(24, 33)))
+    question = Question(
+        0, "It rained in May and in June 1900.", "When?", (Answer(13, 16, "May"), Answer(24, 33, "June 1900"))
+    )
     assert script.score(question, Span(24, 28), True) == {"exact_match": 0, "f1": pytest.approx(2 / 3), "overlap": 1}
     assert script.score(question, Span(13, 16), True) == {"exact_match": 1, "f1": 1, "overlap": 1}
     assert script.score(question, Span(0, 2), True) == {"exact_match": 0, "f1": 0, "overlap": 0}
