@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import re
 import string
 import sys
@@ -213,10 +212,17 @@ def data_fields(args: argparse.Namespace) -> dict[str, Field]:
     }
 
 
+def list_answers(text: Any, answer_start: Any, **others: Any) -> list[dict[str, Any]] | None:
+    """A list of answers from the lists of their parts, as SQuAD has them on the Hub; None if they are no such lists."""
+    if not isinstance(text, list) or not isinstance(answer_start, list) or len(text) != len(answer_start):
+        return None
+    return [{"text": each, "answer_start": start} for each, start in zip(text, answer_start, strict=True)]
+
+
 def read_answers(context: str, answers: Any, place: str) -> tuple[Answer, ...]:
-    """The answers, which are where they say; SQuAD's files have a list of answers, its version on the Hub has lists of their parts."""
+    """The answers, which are in the context where they say."""
     if isinstance(answers, dict):
-        answers = [dict(zip(answers, parts, strict=False)) for parts in zip(*answers.values(), strict=False)]
+        answers = list_answers(**{"text": None, "answer_start": None} | answers)
     if not isinstance(answers, list):
         raise UsageError(f'{place}: no list of "answers"; for a question without an answer it is to be empty')
     checked = []
@@ -254,18 +260,17 @@ def fit_questions(
 ) -> list[Question]:
     """The questions with what is readable of their contexts; each must leave room for some of it."""
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - 1
-    fitted = []
-    for row, group in itertools.groupby(questions, key=lambda question: question.row):
-        for question in group:
-            size = len(tokenizer(question.text, add_special_tokens=False)["input_ids"])
-            if size > room:
-                raise UsageError(
-                    f"--max-length {max_length} leaves no room for the document of row {row + 1} of the {split} data: "
-                    f"a question has {size} tokens, {size - room} too many"
-                )
-            new_row = not fitted or fitted[-1].row != row
-            context = readable(question.context, tokenizer, max_length) if new_row else fitted[-1].context
-            fitted.append(question._replace(context=context))
+    contexts, fitted = {}, []
+    for question in questions:
+        size = len(tokenizer(question.text, add_special_tokens=False)["input_ids"])
+        if size > room:
+            raise UsageError(
+                f"--max-length {max_length} leaves no room for the document of row {question.row + 1} of the {split} data:"
+                f" a question has {size} tokens, {size - room} too many"
+            )
+        if question.row not in contexts:
+            contexts[question.row] = readable(question.context, tokenizer, max_length)
+        fitted.append(question._replace(context=contexts[question.row]))
     return fitted
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from conftest import ROOT
-from fine_tuning import load_rows
+from fine_tuning import UsageError, load_rows
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM
 from test_examples import example
@@ -163,6 +163,12 @@ def test_rows_of_questions_are_the_same_as_rows_of_documents(tmp_path):
         read.append(script.read_questions(load_rows(args, "train", script.data_fields(args)), "train", False))
     assert [question[1:] for question in read[0]] == [question[1:] for question in read[1]]
     assert [question.row for question in read[0]] == [number // 2 for number in range(12)]
+
+
+@pytest.mark.parametrize("answers", [{"text": ["a"], "answer_start": []}, {"text": "a", "answer_start": 0}, {}, None])
+def test_answers_that_are_no_lists_are_refused(answers):
+    with pytest.raises(UsageError, match='here: no list of "answers"'):
+        script.read_answers("a b", answers, "here")
 
 
 # --- refusals
