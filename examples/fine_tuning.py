@@ -120,7 +120,7 @@ def check_same_run(args: argparse.Namespace, free: Collection[str]) -> None:
     """
     path = args.output / "arguments.json"
     given = {name: str(value) for name, value in vars(args).items() if name not in free}
-    if last_checkpoint(args.output) and path.is_file():
+    if path.is_file() and (last_checkpoint(args.output) or (args.output / "final").is_dir()):
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [f"{name} {before.get(name)}, not {given[name]}" for name in given if given[name] != before.get(name)]
         if other:
@@ -221,7 +221,29 @@ def load_dataset_rows(
     for name in names:
         if name not in splits[split].column_names:
             raise UsageError(f'{dataset} has no field "{name}", but {", ".join(splits[split].column_names)}')
-    return splits[split].select_columns(list(names)).rename_columns(names)
+    rows = splits[split].select_columns(list(names)).rename_columns(names)
+    classes = {key: class_names(feature) for key, feature in rows.features.items() if class_names(feature)}
+    return rows.with_transform(lambda batch: name_classes(batch, classes)) if classes else rows
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """The names of a column of ``datasets.ClassLabel``, or of lists of these; None for other columns."""
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return getattr(feature, "names", None)
+
+
+def name_classes(batch: Mapping[str, list], classes: Mapping[str, list[str]]) -> dict[str, list]:
+    """Put names in place of class indices; None in place of -1, which stands for no class."""
+
+    def name(value: int | list, names: list[str]) -> Any:
+        if isinstance(value, list):
+            return [name(each, names) for each in value]
+        return None if value is None or value < 0 else names[value]
+
+    return {
+        key: [name(value, classes[key]) for value in values] if key in classes else values
+        for key, values in batch.items()
+    }
 
 
 # --- Model and Trainer
@@ -277,18 +299,25 @@ def enable_gradient_checkpointing(model: PreTrainedModel, args: argparse.Namespa
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def train(output: Path, build: Callable[[Path | None], Trainer]) -> Trained:
+def at_last_step(state: Mapping[str, Any]) -> bool:
+    return state["global_step"] >= state["max_steps"]
+
+
+def train(
+    output: Path, build: Callable[[Path | None], Trainer], finished: Callable[[Mapping], bool] = at_last_step
+) -> Trained:
     """Train to the end, from the last complete checkpoint in `output` if there is one.
 
     Args:
         output: the Trainer's ``output_dir``.
         build: makes the Trainer. It has to load the weights from the checkpoint that it is given: transformers 5.0.0
             saves some under names that its own ``load_state_dict`` in the Trainer passes over.
+        finished: says of a checkpoint's state that nothing is left to train; the Trainer would go one step too far.
     """
-    checkpoint, state = last_checkpoint(output) or (None, {"global_step": 0, "max_steps": 1})
+    checkpoint, state = last_checkpoint(output) or (None, None)
     trainer = build(checkpoint)
     started = time.perf_counter()
-    if state["global_step"] < state["max_steps"]:  # else the Trainer would go one step too far
+    if state is None or not finished(state):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         state = vars(trainer.state)
     return Trained(trainer, state, checkpoint, time.perf_counter() - started)
@@ -329,6 +358,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return int(text)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with ``--model`` and ``--output``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -358,22 +393,33 @@ def check_data_options(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--dataset brings its own validation and test splits")
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """What `training_keywords` reads; a script changes defaults by ``parser.set_defaults``."""
+def add_training_options(
+    parser: argparse.ArgumentParser, several_seeds: bool = False, no_steps: str = "none"
+) -> argparse._ArgumentGroup:
+    """What `training_keywords` reads; a script changes defaults by ``parser.set_defaults``.
+
+    Args:
+        parser: takes the options in a group of their own, which is returned.
+        several_seeds: ``--seeds`` in place of ``--seed``; the script then sets ``args.seed`` for each run.
+        no_steps: what ``--eval-every 0`` stands for.
+    """
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=3.0)
     group.add_argument("--steps", type=positive, help="in place of --epochs")
     group.add_argument("--batch-size", type=positive, default=4, help="documents per step and process")
     group.add_argument("--gradient-accumulation", type=positive, default=1, help="batches that make a step")
     group.add_argument("--lr", type=float, default=1e-4)
-    group.add_argument("--warmup", type=int, default=0, help="steps")
+    group.add_argument("--warmup", type=not_negative, default=0, help="steps")
     group.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of the learning rate")
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory for more time")
-    group.add_argument("--seed", type=int, default=1)
+    if several_seeds:
+        group.add_argument("--seeds", type=int, nargs="+", default=[1], help="a run for each, one after another")
+    else:
+        group.add_argument("--seed", type=int, default=1)
     group.add_argument("--log-every", type=positive, default=50, help="steps")
     group.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
-    group.add_argument("--eval-every", type=int, default=0, help="steps between validation losses; 0: none")
+    group.add_argument("--eval-every", type=not_negative, default=0, help=f"steps between validations; 0: {no_steps}")
     group.add_argument("--eval-batch-size", type=positive, default=4, help="documents per batch and process")
     return group
 
