@@ -4,7 +4,7 @@
         --max-length 512 4096 --seeds 1 2 3 --baseline --output runs/topics
     python examples/run_classification.py --dataset stanfordnlp/imdb --bf16 --output runs/imdb
 
-Needs `pip install ".[classification]"`. A label is a string or an integer; lists of these make a classifier of
+Needs `pip install ".[fine-tuning]"`. A label is a string or an integer; lists of these make a classifier of
 several labels at once. Every length is trained with every seed, and tested on the same documents; `--baseline` adds
 linear classifiers of TF-IDF, which read the same first tokens and the whole text. OUTPUT then holds `results.json`,
 `results.md` and `predictions.jsonl`, and `length-L/seed-S` for each run, with `final` (the model that was best on the

@@ -5,6 +5,7 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it; it is no dependency of the models")
@@ -127,6 +128,21 @@ def test_check_same_run_guards_what_a_run_has_left(tmp_path, left):
     args.lr = 0.3
     with pytest.raises(UsageError, match="lr 0.2, not 0.3"):
         fine_tuning.check_same_run(args, {"output", "log_every"})
+
+
+# --- results
+
+
+def test_ratio_spread_is_the_ratio_of_sums_and_what_resampling_gives():
+    assert fine_tuning.ratio_spread([0, 0], [0, 0]) == (0, 0, 0)
+    assert fine_tuning.ratio_spread([1, 2], [2, 4]) == (50, 50, 50)
+    rng = np.random.default_rng(1)
+    wholes = rng.integers(1, 40, 300)
+    parts = rng.binomial(wholes, 0.3)
+    mean, low, high = fine_tuning.ratio_spread(parts, wholes)
+    assert mean == pytest.approx(100 * parts.sum() / wholes.sum())
+    half = 196 * np.sqrt(((parts - mean / 100 * wholes) ** 2).sum()) / wholes.sum()  # by the delta method
+    assert low == pytest.approx(mean - half, abs=0.3) and high == pytest.approx(mean + half, abs=0.3)
 
 
 # --- options

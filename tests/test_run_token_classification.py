@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from conftest import ROOT
-from fine_tuning import ratio_spread
+from fine_tuning import load_rows
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM, LSGAlbertForTokenClassification
 from test_examples import example
@@ -145,6 +145,18 @@ def test_two_processes_train_together_and_score_each_document_once(model, data, 
     assert (tmp_path / "out" / "predictions.jsonl").read_text() == together
 
 
+def test_tags_of_the_datasets_library_have_their_names(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    tags = getattr(datasets, "List", datasets.Sequence)(datasets.ClassLabel(names=["O", "B-PER", "I-PER"]))
+    words = getattr(datasets, "List", datasets.Sequence)(datasets.Value("string"))
+    columns = {"tokens": [["old", "Jordan", "sat"]], "ner_tags": [[1, 2, 0]]}
+    split = datasets.Dataset.from_dict(columns, datasets.Features({"tokens": words, "ner_tags": tags}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=split))
+    args = script.parse_args(["--dataset", "x", "--tags-field", "ner_tags", "--output", str(tmp_path)])
+    rows = script.check_rows(load_rows(args, "train", script.data_fields(args)), "train")
+    assert rows == [{"words": ["old", "Jordan", "sat"], "tags": ["B-PER", "I-PER", "O"]}]
+
+
 # --- refusals
 
 BAD_ROWS = {
@@ -230,18 +242,6 @@ def test_the_right_span_with_the_wrong_type_is_wrong():
         [0, 1, 0],
         [0, 0, 1],
     ]
-
-
-def test_ratio_spread_is_the_ratio_of_sums_and_what_resampling_gives():
-    assert ratio_spread([0, 0], [0, 0]) == (0, 0, 0)
-    assert ratio_spread([1, 2], [2, 4]) == (50, 50, 50)
-    rng = np.random.default_rng(1)
-    wholes = rng.integers(1, 40, 300)
-    parts = rng.binomial(wholes, 0.3)
-    mean, low, high = ratio_spread(parts, wholes)
-    assert mean == pytest.approx(100 * parts.sum() / wholes.sum())
-    half = 196 * np.sqrt(((parts - mean / 100 * wholes) ** 2).sum()) / wholes.sum()  # by the delta method
-    assert low == pytest.approx(mean - half, abs=0.3) and high == pytest.approx(mean + half, abs=0.3)
 
 
 # --- words and tokens
