@@ -260,9 +260,7 @@ def score_system(
     found: Sequence[Sequence[Entity]], gold: Sequence[Sequence[Entity]], types: Sequence[str]
 ) -> dict[str, dict]:
     """The scores over all types (of the summed counts), and those of each type."""
-    counts = np.stack(
-        [count_entities(*pair, types) for pair in zip(found, gold, strict=True)]
-    )  # (documents, types, 3)
+    counts = np.stack([count_entities(*pair, types) for pair in zip(found, gold, strict=True)])  # by document and type
     return {"all": scores(counts.sum(1))} | {type_: scores(counts[:, i]) for i, type_ in enumerate(types)}
 
 
@@ -360,7 +358,10 @@ def build_examples(
     args: argparse.Namespace, rows: Mapping[str, list[dict[str, list[str]]] | None], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Examples | None]:
     """Each split's documents, with the tags of the training data."""
-    names = tag_names(entity_types(row["tags"] for row in rows["train"]))
+    types = entity_types(row["tags"] for row in rows["train"])
+    if not types:
+        raise UsageError("the train data has no entities: all its tags are O, and some are to be B-TYPE and I-TYPE")
+    names = tag_names(types)
     examples = {
         split: found and Examples(found, tokenizer, names, args.max_length, args.pieces)
         for split, found in rows.items()

@@ -166,7 +166,8 @@ BAD_ROWS = {
     "row 1: 3 is no BIO tag": {"tokens": ["a"], "tags": [3]},
     "row 1: 7 is no word": {"tokens": [7], "tags": ["O"]},
     'no list of tags in a field "tags"': {"tokens": ["a"], "labels": ["O"]},
-    "the train data has no word that the tokenizer knows": {"tokens": [""], "tags": ["O"]},
+    "the train data has no word that the tokenizer knows": {"tokens": [""], "tags": ["B-PER"]},
+    "the train data has no entities: all its tags are O": {"tokens": ["a"], "tags": ["O"]},
 }
 
 
