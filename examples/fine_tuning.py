@@ -364,6 +364,12 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return float(text)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with ``--model`` and ``--output``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -404,11 +410,11 @@ def add_training_options(
         no_steps: what ``--eval-every 0`` stands for.
     """
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=float, default=3.0)
+    group.add_argument("--epochs", type=above_zero, default=3.0)
     group.add_argument("--steps", type=positive, help="in place of --epochs")
     group.add_argument("--batch-size", type=positive, default=4, help="documents per step and process")
     group.add_argument("--gradient-accumulation", type=positive, default=1, help="batches that make a step")
-    group.add_argument("--lr", type=float, default=1e-4)
+    group.add_argument("--lr", type=above_zero, default=1e-4)
     group.add_argument("--warmup", type=not_negative, default=0, help="steps")
     group.add_argument("--schedule", choices=SCHEDULES, default="linear", help="of the learning rate")
     group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")

@@ -80,6 +80,7 @@ from fine_tuning import (
 )
 
 METRICS = {"loss": "loss", "accuracy": "accuracy", "micro_f1": "micro F1", "macro_f1": "macro F1"}
+READ_AT_ONCE = 1000  # documents that are tokenized together: lists of ids take eight times the memory of arrays
 SORTED_BATCHES = 50  # that many are sorted by length together; all others meet at random
 # A run may be taken up again with other values of these; all others belong to its checkpoints.
 FREE = {"output", "baseline", "eval_batch_size", "log_every", "save_every"}
@@ -133,7 +134,7 @@ def find_labels(rows: Sequence[Mapping[str, Any]]) -> Labels:
         if isinstance(label, list) != several:
             raise UsageError(f"some documents have a list of labels and others a single one, such as {label!r}")
         for name in as_list(label):
-            if not isinstance(name, (str, int)):
+            if not isinstance(name, (str, int)) or name == "":
                 raise UsageError(f"a label has to be a string or an integer, not {name!r}")
             names.add(str(name))
     if len(names) < 2:
@@ -197,10 +198,13 @@ class Documents(Dataset):
         max_length: int,
         by_length: bool = False,
     ):
-        texts = [row["text"] for row in rows]
-        ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+        ids: list[np.ndarray] = []
+        for start in range(0, len(rows), READ_AT_ONCE):
+            texts = [rows[index]["text"] for index in range(len(rows))[start : start + READ_AT_ONCE]]
+            found = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            ids += [np.asarray(each, dtype=np.int32) for each in found]
         self.order = sorted(range(len(ids)), key=lambda index: len(ids[index])) if by_length else range(len(ids))
-        self.ids = [np.asarray(ids[index], dtype=np.int32) for index in self.order]
+        self.ids = [ids[index] for index in self.order]
         self.labels = [labels.encode(rows[index]["label"]) for index in self.order]
         self.lengths = [len(found) for found in self.ids]
 
@@ -601,15 +605,25 @@ def format_table(results: Mapping[str, Any]) -> str:
 def run(args: argparse.Namespace, command: str) -> str | None:
     """All lengths with all seeds, and the baselines; the table, or None in a process other than the first."""
     config = load_pretrained(AutoConfig, args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     args.max_length = [check_length("--max-length", length, config) for length in args.max_length or [None]]
+    special = tokenizer.num_special_tokens_to_add()
+    if min(args.max_length) <= special:
+        raise UsageError(
+            f"--max-length {min(args.max_length)} leaves no room for text beside {special} special tokens"
+        )
     arguments = training_arguments(argparse.Namespace(**vars(args), seed=args.seeds[0]))
     with arguments.main_process_first(desc="reading the data"):
         rows = load_documents(args)
     labels = find_labels([row for split in rows.values() for row in split])
-    unseen = set(labels.names) - {str(name) for row in rows["train"] for name in as_list(row["label"])}
-    if unseen and arguments.process_index == 0:
-        print(f"run_classification: no document to train on has the labels {sorted(unseen)}", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.best_by == "micro_f1" and not labels.several:
+        raise UsageError("--best-by micro_f1 is for lists of labels; of single ones it is the accuracy")
+    first = arguments.process_index == 0
+    frequencies = Counter(str(name) for row in rows["train"] for name in as_list(row["label"]))
+    unseen = [name for name in labels.names if not frequencies[name]]
+    if unseen and first:
+        print(f"run_classification: no document to train on has the labels {unseen}", file=sys.stderr)
+    baselines = run_baselines(args, rows, labels, tokenizer) if args.baseline and first else {}
     runs = []
     for length in args.max_length:
         for seed in args.seeds:
@@ -617,19 +631,17 @@ def run(args: argparse.Namespace, command: str) -> str | None:
             output = args.output / f"length-{length}" / f"seed-{seed}"
             one = argparse.Namespace(**given | {"output": output, "max_length": length, "seed": seed})
             runs.append(run_once(one, rows, labels, tokenizer))
-    if arguments.process_index != 0:
+    if not first:
         return None
     systems = {
         f"model, {length:,} tokens": {str(made["seed"]): made for made in runs if made["max_length"] == length}
         for length in args.max_length
-    }
-    if args.baseline:
-        systems |= {name: {"-": made} for name, made in run_baselines(args, rows, labels, tokenizer).items()}
+    } | {name: {"-": made} for name, made in baselines.items()}
     results = {
         "command": command,
         "systems": {name: summarize(found) for name, found in systems.items()},
         "documents": {split: len(found) for split, found in rows.items()},
-        "labels": dict(Counter(json.dumps(row["label"]) for row in rows["train"])),
+        "labels": {name: frequencies[name] for name in labels.names},  # documents to train on that have it
         "seeds": args.seeds,
         "best_by": args.best_by,
         "device": device_name(),
@@ -680,6 +692,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="linear classifiers of TF-IDF beside the models")
     args = parser.parse_args(argv)
     check_data_options(parser, args)
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    args.max_length = args.max_length and [*dict.fromkeys(args.max_length)]
     return args
 
 

@@ -177,7 +177,15 @@ def test_every_training_option_reaches_the_trainer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "option", [["--batch-size", "0"], ["--warmup", "-1"], ["--limit-train", "0"], ["--steps", "x"]]
+    "option",
+    [
+        ["--batch-size", "0"],
+        ["--warmup", "-1"],
+        ["--limit-train", "0"],
+        ["--steps", "x"],
+        ["--lr", "nan"],
+        ["--epochs", "0"],
+    ],
 )
 def test_impossible_numbers_are_refused(option, capsys):
     with pytest.raises(SystemExit):

@@ -122,6 +122,7 @@ def test_the_longer_input_learns_what_the_shorter_one_cannot_see(finished):
 def test_a_comparison_reports_every_run_and_document(finished, model):
     results = read_json(finished / "results.json")
     assert results["documents"] == {"train": 32, "validation": 4, "test": 12}
+    assert results["labels"] == {"sea": 16, "town": 16}
     assert str(model) in results["command"] and results["seeds"] == [1, 2] and len(results["runs"]) == 4
     lines = read_lines(finished / "predictions.jsonl")
     assert [line["label"] for line in lines] == [row["label"] for row in TEST]
@@ -464,6 +465,8 @@ def test_unusable_files_are_named_in_one_line(script, model, tmp_path, capsys, m
     ("options", "message"),
     [
         (["--max-length", "12", "49"], "--max-length 49 is more than the model's 48 positions"),
+        (["--max-length", "2"], "--max-length 2 leaves no room for text"),
+        (["--best-by", "micro_f1"], "--best-by micro_f1 is for lists of labels"),
         (["--model", "/nowhere"], "cannot load /nowhere"),
         (["--validation-file", "/nowhere"], "no such file: /nowhere"),
     ],
