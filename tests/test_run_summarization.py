@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, Seq2SeqTrainer
 
 from conftest import ROOT
+from fine_tuning import UsageError, last_checkpoint, load_rows
 from helpers import write_repository
 from lsg_albert import LSGAlbertForConditionalGeneration
 from test_examples import example
@@ -159,7 +160,7 @@ def test_all_options_together(script, model, data, tmp_path):
     run = ["--model", str(model), "--train-file", train, "--output", str(tmp_path), "--epochs", "2"]
     assert script.main([*run, "--batch-size", "1", *options]) == 0
     assert not (tmp_path / "results.json").exists()  # no test data
-    state = script.last_checkpoint(tmp_path)[1]
+    state = last_checkpoint(tmp_path)[1]
     assert state["global_step"] == 4
     assert len([entry for entry in state["log_history"] if "eval_loss" in entry]) == 4
 
@@ -188,13 +189,16 @@ def test_a_folder_for_the_datasets_library(script, model, tmp_path, monkeypatch)
     write_rows(tmp_path / "data" / "test.jsonl", rows[8:])
     data = ["--dataset", str(tmp_path / "data"), "--document-field", "article", "--summary-field", "abstract"]
     args = script.parse_args(command(model, data, tmp_path / "out"))
-    assert list(script.load_rows(args, "train")) == ROWS[:8] and script.load_rows(args, "validation") is None
+    assert (
+        list(load_rows(args, "train", script.data_fields(args))) == ROWS[:8]
+        and load_rows(args, "validation", script.data_fields(args)) is None
+    )
     assert script.main(command(model, data, tmp_path / "out", "--steps", "1", "--limit-test", "2")) == 0
     assert read_results(tmp_path / "out")["test_documents"] == 2
     data[-1] = "summary"
     args = script.parse_args(command(model, data, tmp_path / "out"))
-    with pytest.raises(script.UsageError, match='no field "summary", but article, abstract, id'):
-        script.load_rows(args, "train")
+    with pytest.raises(UsageError, match='no field "summary", but article, abstract, id'):
+        load_rows(args, "train", script.data_fields(args))
 
 
 # --- data
@@ -216,7 +220,7 @@ def test_limits_draw_the_same_rows_whatever_the_seed(script, data):
     samples = []
     for seed in ("1", "2"):
         args = script.parse_args([*data, "--output", "x", "--limit-train", "5", "--seed", seed])
-        samples.append(script.load_rows(args, "train"))
+        samples.append(load_rows(args, "train", script.data_fields(args)))
     assert samples[0] == samples[1] and len(samples[0]) == 5
     assert all(row in ROWS[:8] for row in samples[0])
 
