@@ -2,10 +2,12 @@
 
 import pytest
 
-peft = pytest.importorskip("peft", reason="adapters come from it; the models do not need it")
+pytest.importorskip("peft", reason="adapters come from it; the models do not need it")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it; it is no dependency of the models")
 
+import peft
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -27,7 +29,7 @@ def load(folder) -> LSGAlbertForSequenceClassification:
     return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 
 
-def with_lora(model, targets, **options) -> "peft.PeftModel":
+def with_lora(model, targets, **options) -> peft.PeftModel:
     """With adapters that change something already, unless they are to be trained."""
     options = {"init_lora_weights": False, **options}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets, **options))
@@ -119,6 +121,9 @@ def test_an_adapter_before_the_activation_counts_in_inference(repository, inputs
     assert (with_gradients - logits(plain, inputs)).abs().max() > 1e-2
 
 
+@pytest.mark.skipif(
+    transformers.__version__ == "5.0.0", reason="its `load_adapter` misses the names it saved, with any model"
+)
 def test_an_adapter_by_transformers_itself(repository, inputs, tmp_path):
     model = load(repository)
     plain = logits(model, inputs)
