@@ -300,8 +300,18 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+class Arguments(TrainingArguments):
+    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
+    which PyTorch cannot load anything."""
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(args.output),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,

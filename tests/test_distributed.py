@@ -168,6 +168,11 @@ def test_a_killed_worker_costs_no_step(corpus, plain_albert, two_processes_with_
 
 # --- FSDP
 
+fsdp = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="of the releases that were tried, only 5.23.0 saves models and optimizers of FSDP's version 2",
+)
+
 
 def fsdp_command(corpus: list[str], model: list[str], output: Path, folder: Path, **settings: object) -> list[str]:
     """The training script as `accelerate launch` runs it with version 2 of FSDP, in two processes."""
@@ -192,10 +197,12 @@ def fsdp_run(request, corpus, plain_albert, tmp_path_factory) -> tuple[list[str]
     return arguments, folder / "out"
 
 
+@fsdp
 def test_fsdp_trains_as_one_process(fsdp_run, one_process):
     assert_same_training(fsdp_run[1], one_process)
 
 
+@fsdp
 def test_fsdp_resumes(fsdp_run, one_process):
     arguments, output = fsdp_run
     for path in (output / "checkpoint-6" / "trainer_state.json", output / "history.json"):
@@ -205,6 +212,7 @@ def test_fsdp_resumes(fsdp_run, one_process):
     assert_same_training(output, one_process)
 
 
+@fsdp
 def test_fsdp_trains_an_lsg_model_as_one_process(corpus, lsg_albert, one_lsg_process, tmp_path):
     run(fsdp_command(corpus, lsg_albert, tmp_path / "out", tmp_path))
     assert_same_training(tmp_path / "out", one_lsg_process)
