@@ -14,8 +14,9 @@ NEWEST = "5.23.0"
 # What meets transformers where its releases differ; the releases in between run only these.
 COMPATIBILITY_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("configuration_lsg_albert", "modeling_lsg_albert", "loading", "ecosystem", "tokenizer")
+    for name in ("configuration_lsg_albert", "modeling_lsg_albert", "loading", "ecosystem", "tokenizer", "peft")
 ] + ["tests/test_checkpoint_conversion.py", "tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
+COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
 
 nox.options.default_venv_backend = "virtualenv"
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -204,6 +205,22 @@ class Progress(TrainerCallback):
         print(f"step {state.global_step} of {state.max_steps}, {left} left: {values}", file=sys.stderr, flush=True)
 
 
+def keep_one_bias(model: PreTrainedModel) -> None:
+    """Take away ``predictions.bias``, which is ``predictions.decoder.bias``, and which nothing computes with.
+
+    Accelerate shards the output layer apart from the rest, and PyTorch no parameter that lies in two such parts.
+    """
+    decoder, words = model.predictions.decoder, model.get_input_embeddings()
+    is_tied = decoder.weight is words.weight
+
+    def tie_weights(*args: object, **kwargs: object) -> None:  # the model's own would look for the name
+        if is_tied:
+            decoder.weight = words.weight
+
+    del model.predictions.bias
+    model.tie_weights = tie_weights
+
+
 class MaskedLMTrainer(Trainer):
     """Trainer that takes the samples in their order and whose model computes the head at the chosen positions only."""
 
@@ -211,6 +228,9 @@ class MaskedLMTrainer(Trainer):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
         model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
         super().__init__(model=model, **kwargs)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) == 2:
+            keep_one_bias(model)
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(Progress())
@@ -313,8 +333,18 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+class Arguments(TrainingArguments):
+    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
+    which PyTorch cannot load anything."""
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    return TrainingArguments(
+    return Arguments(
         output_dir=str(args.output),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -359,11 +389,13 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
     model = load_model(args, tokenizer)
     positions = model.config.max_position_embeddings if args.shift_positions else None
-    if args.word_vectors and arguments.process_index == 0 and not last_checkpoint(args.output):
-        tokens = np.concatenate([train[index] for index in range(len(train))])
-        first = POSITION_DIMS if args.neighbour_heads else 0
-        embeddings = model.get_input_embeddings().weight[:, first:]
-        set_word_embeddings(embeddings, tokens)  # the other processes get them from this one
+    if args.word_vectors and not args.eval_only and not last_checkpoint(args.output):
+        embeddings = model.get_input_embeddings().weight.detach()
+        if arguments.process_index == 0:
+            tokens = np.concatenate([train[index] for index in range(len(train))])
+            set_word_embeddings(embeddings[:, POSITION_DIMS if args.neighbour_heads else 0 :], tokens)
+        # DDP would hand them to the other processes, but FSDP takes each one's part from itself
+        embeddings.copy_(broadcast(embeddings.to(arguments.device)))
     if args.compile:
         model.albert.compile()
     return MaskedLMTrainer(
@@ -388,6 +420,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     trainer = build_trainer(args)
     if not args.eval_only:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+        if trainer.is_fsdp_enabled:  # whatever its checkpoints are
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(args.output / "final"))
         if trainer.is_world_process_zero():
             copy_tokenizer(Path(args.tokenizer or args.model), args.output / "final")

@@ -1,6 +1,8 @@
 """Masking, cutting and training, on a text written here and the vocabulary at the root."""
 
+import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -255,6 +257,56 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(corpus, start, tmp_path):
     load = AutoModelForMaskedLM.from_pretrained
     weights = [load(path / "final", trust_remote_code=True).state_dict() for path in (whole, broken)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@training
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(corpus, tmp_path, monkeypatch, file):
+    """Half of a file of checkpoint-4 is there, and what was to be written after it is not."""
+    arguments_of = {name: arguments(corpus, tmp_path / name) for name in ("whole", "broken")}
+    expected = pretrain_mlm.run(pretrain_mlm.parse_args(arguments_of["whole"]))
+    half = tmp_path / "broken" / "checkpoint-4" / file
+
+    def until_killed(write, path_of):
+        def written(*args, **kwargs):
+            write(*args, **kwargs)
+            if Path(path_of(*args, **kwargs)) == half:
+                half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+                raise KeyboardInterrupt
+
+        return written
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", until_killed(torch.save, lambda value, path, **kwargs: path))
+        save_to_json = transformers.TrainerState.save_to_json
+        patch.setattr(transformers.TrainerState, "save_to_json", until_killed(save_to_json, lambda state, path: path))
+        pretrain_mlm.run(pretrain_mlm.parse_args(arguments_of["broken"]))
+    assert half.is_file()
+    assert pretrain_mlm.last_checkpoint(tmp_path / "broken") == str(tmp_path / "broken" / "checkpoint-2")
+    assert pretrain_mlm.run(pretrain_mlm.parse_args(arguments_of["broken"])) == expected
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+@training
+def test_a_run_killed_while_it_writes_the_result_writes_it_again(corpus, tmp_path):
+    args = pretrain_mlm.parse_args(arguments(corpus, tmp_path))
+    expected = pretrain_mlm.run(args)
+    curve = losses(tmp_path)
+    weights = copy.deepcopy(AutoModelForMaskedLM.from_pretrained(tmp_path / "final").state_dict())  # not of the file
+    (tmp_path / "final" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "history.json").unlink()
+    assert pretrain_mlm.run(args) == expected and losses(tmp_path) == curve
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+@training
+def test_a_log_without_terminal_has_steps_and_the_time_left(corpus, tmp_path, capsys):
+    pretrain_mlm.run(pretrain_mlm.parse_args(arguments(corpus, tmp_path, "--eval-every", "3")))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if ": loss" in line] == list("123456")
+    assert all(re.match(r"step \d of 6, \d+:\d\d:\d\d left: \w+ [\d.e+-]+", line) for line in lines)
+    assert any("step 3 of 6" in line and "eval_loss" in line for line in lines)
 
 
 @pytest.mark.parametrize("written", [None, "", '{"global_step": 6, "log_'])
