@@ -198,6 +198,12 @@ def load_splits(args: argparse.Namespace, fields: Mapping[str, Field]) -> dict[s
     return rows
 
 
+def check_validation(args: argparse.Namespace, rows: Mapping[str, Any]) -> None:
+    """Refuse to validate on nothing, of a script that splits nothing off its training data."""
+    if args.eval_every and rows["validation"] is None:
+        raise UsageError("--eval-every needs validation data")
+
+
 def sample(rows: Sequence, limit: int | None) -> Sequence:
     """At most `limit` of the rows, at random but always the same ones."""
     if limit is None or limit >= len(rows):
@@ -343,6 +349,20 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def describe_run(args: argparse.Namespace, command: str, trained: Trained) -> dict[str, Any]:
+    """What the results say of a run, whatever was learned."""
+    return {
+        "command": command,
+        "seed": args.seed,
+        "steps": trained.state["global_step"],
+        "resumed_from": trained.checkpoint and trained.checkpoint.name,  # then the training time is that of the rest
+        "train_seconds": trained.seconds,
+        "device": device_name(),
+        "versions": versions(),
+        "history": trained.state["log_history"],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -51,7 +51,8 @@ from fine_tuning import (
     check_data_options,
     check_length,
     check_same_run,
-    device_name,
+    check_validation,
+    describe_run,
     enable_gradient_checkpointing,
     load_pretrained,
     load_splits,
@@ -62,7 +63,6 @@ from fine_tuning import (
     save_final,
     train,
     training_keywords,
-    versions,
     write_results,
 )
 
@@ -433,8 +433,8 @@ def format_table(results: dict) -> str:
         f"question;\nthe answers to {results['test_questions_not_read']:,} questions lie beyond, and count as missed "
         f"(training left out {results['train_questions_not_read']:,}\nof {results['train_questions']:,} for that). In "
         f"percent, with 95 % bootstrap intervals over documents; answers have {results['max_answer_length']} tokens at "
-        f"most.\n{results['steps']:,} steps, seed {results['seed']}; {results['seconds']['train']:,.0f} s of training and "
-        f"{results['seconds']['test']:,.0f} s of testing on {results['device']}."
+        f"most.\n{results['steps']:,} steps, seed {results['seed']}; {results['train_seconds']:,.0f} s of training and "
+        f"{results['test_seconds']:,.0f} s of testing on {results['device']}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n\n```text\n{results['command']}\n```\n"
 
@@ -492,14 +492,13 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     arguments = TrainingArguments(**training_keywords(args))
     with arguments.main_process_first(desc="reading the data"):
         rows = load_splits(args, data_fields(args))
-    if args.eval_every and rows["validation"] is None:
-        raise UsageError("--eval-every needs validation data")
+    check_validation(args, rows)
     args.max_length = check_length("--max-length", args.max_length, load_pretrained(AutoConfig, args.model))
     examples = build_examples(args, rows, load_tokenizer(args))
     if arguments.process_index == 0:
         check_same_run(args, FREE)
     trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, examples, checkpoint or args.model))
-    trainer, checkpoint = trained.trainer, trained.checkpoint
+    trainer = trained.trainer
     save_final(trainer, args.output)
     if rows["test"] is None:
         return None
@@ -508,22 +507,18 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     scored, answers = score_test(trainer, examples["test"], args.max_answer_length, may_be_none)
     if not trainer.is_world_process_zero():
         return None
-    results = scored | {
-        "command": command,
-        "seed": args.seed,
-        "steps": trained.state["global_step"],
-        "train_documents": len(rows["train"]),
-        "train_questions": len(learned) + learned.not_read,
-        "train_questions_not_read": learned.not_read,
-        "max_length": args.max_length,
-        "max_answer_length": args.max_answer_length,
-        "may_answer_none": may_be_none,
-        "resumed_from": checkpoint and checkpoint.name,  # then the training time is that of the rest
-        "seconds": {"train": trained.seconds, "test": scored.pop("test_seconds")},
-        "device": device_name(),
-        "versions": versions(),
-        "history": trained.state["log_history"],
-    }
+    results = (
+        scored
+        | describe_run(args, command, trained)
+        | {
+            "train_documents": len(rows["train"]),
+            "train_questions": len(learned) + learned.not_read,
+            "train_questions_not_read": learned.not_read,
+            "max_length": args.max_length,
+            "max_answer_length": args.max_answer_length,
+            "may_answer_none": may_be_none,
+        }
+    )
     table = format_table(results)
     write_results(args.output, results, table, answers)
     return table

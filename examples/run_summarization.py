@@ -39,13 +39,13 @@ from fine_tuning import (
     TOKENIZER_ARGUMENT,
     Field,
     Spread,
-    UsageError,
     add_data_options,
     add_training_options,
     check_data_options,
     check_length,
     check_same_run,
-    device_name,
+    check_validation,
+    describe_run,
     enable_gradient_checkpointing,
     load_pretrained,
     load_splits,
@@ -55,7 +55,6 @@ from fine_tuning import (
     save_final,
     train,
     training_keywords,
-    versions,
     write_results,
 )
 
@@ -215,7 +214,7 @@ def format_table(results: dict) -> str:
         f"{results['test_documents']:,} test documents; F-measures in percent with stemming, means and 95 % bootstrap\n"
         f"intervals; the reference summaries have {results['reference_words']:.0f} words. "
         f"{results['steps']:,} steps, seed {results['seed']}, test loss {results['test_loss']:.3f};\n"
-        f"{results['seconds']['train']:,.0f} s of training and {results['seconds']['test']:,.0f} s of testing on "
+        f"{results['train_seconds']:,.0f} s of training and {results['test_seconds']:,.0f} s of testing on "
         f"{results['device']}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n\n```text\n{results['command']}\n```\n"
@@ -249,12 +248,11 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     arguments = training_arguments(args)
     with arguments.main_process_first(desc="reading the data"):
         rows = load_splits(args, data_fields(args))
-    if args.eval_every and rows["validation"] is None:
-        raise UsageError("--eval-every needs validation data")
+    check_validation(args, rows)
     if arguments.process_index == 0:
         check_same_run(args, FREE)
     trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, rows, checkpoint or args.model))
-    trainer, checkpoint = trained.trainer, trained.checkpoint
+    trainer = trained.trainer
     save_final(trainer, args.output)
     if rows["test"] is None:
         return None
@@ -263,19 +261,15 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     scored, documents = score_test(trainer, tested, lead_words)
     if not trainer.is_world_process_zero():
         return None
-    results = scored | {
-        "command": command,
-        "seed": args.seed,
-        "steps": trained.state["global_step"],
-        "train_documents": len(rows["train"]),
-        "max_source_length": args.max_source_length,
-        "max_target_length": args.max_target_length,
-        "resumed_from": checkpoint and checkpoint.name,  # then the training time is that of the rest
-        "seconds": {"train": trained.seconds, "test": scored.pop("test_seconds")},
-        "device": device_name(),
-        "versions": versions(),
-        "history": trained.state["log_history"],
-    }
+    results = (
+        scored
+        | describe_run(args, command, trained)
+        | {
+            "train_documents": len(rows["train"]),
+            "max_source_length": args.max_source_length,
+            "max_target_length": args.max_target_length,
+        }
+    )
     table = format_table(results)
     write_results(args.output, results, table, documents)
     return table

@@ -47,7 +47,8 @@ from fine_tuning import (
     check_data_options,
     check_length,
     check_same_run,
-    device_name,
+    check_validation,
+    describe_run,
     enable_gradient_checkpointing,
     load_pretrained,
     load_splits,
@@ -58,7 +59,6 @@ from fine_tuning import (
     save_final,
     train,
     training_keywords,
-    versions,
     write_results,
 )
 
@@ -318,8 +318,8 @@ def format_table(results: dict) -> str:
         f"{', in pieces' if results['pieces'] else ''}; {results['words_not_read']:,} of their {results['words']:,} words "
         f"were not read,\nand so {results['entities_not_read']:,} entities missed. Exact spans, in percent, with 95 % "
         f"bootstrap intervals over documents.\n{results['steps']:,} steps, seed {results['seed']}, test loss "
-        f"{results['test_loss']:.3f}; {results['seconds']['train']:,.0f} s of training and "
-        f"{results['seconds']['test']:,.0f} s of testing on {results['device']}."
+        f"{results['test_loss']:.3f}; {results['train_seconds']:,.0f} s of training and "
+        f"{results['test_seconds']:,.0f} s of testing on {results['device']}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n\n```text\n{results['command']}\n```\n"
 
@@ -395,33 +395,28 @@ def run(args: argparse.Namespace, command: str) -> str | None:
     arguments = TrainingArguments(**training_keywords(args))
     with arguments.main_process_first(desc="reading the data"):
         rows = {split: check_rows(found, split) for split, found in load_splits(args, data_fields(args)).items()}
-    if args.eval_every and rows["validation"] is None:
-        raise UsageError("--eval-every needs validation data")
+    check_validation(args, rows)
     args.max_length = check_length("--max-length", args.max_length, load_pretrained(AutoConfig, args.model))
     examples = build_examples(args, rows, load_tokenizer(args))
     if arguments.process_index == 0:
         check_same_run(args, FREE)
     trained = train(args.output, lambda checkpoint: build_trainer(args, arguments, examples, checkpoint or args.model))
-    trainer, checkpoint = trained.trainer, trained.checkpoint
+    trainer = trained.trainer
     save_final(trainer, args.output)
     if rows["test"] is None:
         return None
     scored, documents = score_test(trainer, examples["test"], frequent_tags(rows["train"]))
     if not trainer.is_world_process_zero():
         return None
-    results = scored | {
-        "command": command,
-        "seed": args.seed,
-        "steps": trained.state["global_step"],
-        "train_documents": len(rows["train"]),
-        "max_length": args.max_length,
-        "pieces": args.pieces,
-        "resumed_from": checkpoint and checkpoint.name,  # then the training time is that of the rest
-        "seconds": {"train": trained.seconds, "test": scored.pop("test_seconds")},
-        "device": device_name(),
-        "versions": versions(),
-        "history": trained.state["log_history"],
-    }
+    results = (
+        scored
+        | describe_run(args, command, trained)
+        | {
+            "train_documents": len(rows["train"]),
+            "max_length": args.max_length,
+            "pieces": args.pieces,
+        }
+    )
     table = format_table(results)
     write_results(args.output, results, table, documents)
     return table
