@@ -428,6 +428,14 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     # A file may hold a pooler or a decoder that a model does not have, and, if it is old, the positions' buffer.
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"decoder\.cross_attentions\."]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch.distributed."):
+            # FSDP's `fully_shard` gives a model a class of its own below the model's. `save_pretrained` would write down
+            # that name, and copy PyTorch's files for its code.
+            model_class = cls.__bases__[-1]
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
     def __init__(self, config: LSGAlbertConfig, is_encoder_decoder: bool = False):
         config.check_fields()  # fields may have been set since the configuration was made
         check_attn_implementation(config._attn_implementation)

@@ -14,13 +14,15 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs it; it is 
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForMaskedLM
 
 from conftest import ROOT
-from helpers import write_repository
+from helpers import CODE, write_repository
 from lsg_albert import LSGAlbertForMaskedLM
-from pretraining.pretrain_mlm import last_checkpoint
+from pretraining.pretrain_mlm import keep_one_bias, last_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,7 +88,8 @@ def losses(output: Path) -> list[float]:
 
 
 def weights(output: Path) -> dict[str, Tensor]:
-    """Those of the final model, which loads as it is."""
+    """Those of the final model, which loads as it is, and brings its own code if it has any."""
+    assert {path.name for path in (output / "final").glob("*.py")} in (set(), set(CODE))
     model, report = AutoModelForMaskedLM.from_pretrained(
         output / "final", trust_remote_code=True, output_loading_info=True
     )
@@ -216,3 +219,21 @@ def test_fsdp_resumes(fsdp_run, one_process):
 def test_fsdp_trains_an_lsg_model_as_one_process(corpus, lsg_albert, one_lsg_process, tmp_path):
     run(fsdp_command(corpus, lsg_albert, tmp_path / "out", tmp_path))
     assert_same_training(tmp_path / "out", one_lsg_process)
+
+
+def test_a_sharded_model_is_saved_with_its_own_code(lsg_albert, tmp_path):
+    """Not with PyTorch's, whose `fully_shard` changes its class."""
+    model = AutoModelForMaskedLM.from_pretrained(lsg_albert[1], trust_remote_code=True)
+    weights = model.state_dict()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        keep_one_bias(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(model, FSDPModule)
+        model.save_pretrained(tmp_path, state_dict=weights)
+    finally:
+        distributed.destroy_process_group()
+    assert {path.name for path in tmp_path.glob("*.py")} == set(CODE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["LSGAlbertForMaskedLM"]
+    assert config["auto_map"]["AutoModelForMaskedLM"] == "modeling_lsg_albert.LSGAlbertForMaskedLM"
