@@ -43,3 +43,11 @@ def tests(session: nox.Session, transformers: str) -> None:
         selection = COMPATIBILITY_TESTS
     # Two processes of one thread each: most tests are too small for more threads to help.
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The page of `examples/app.py` in a headless Chromium, which has to be there."""
+    session.install(TORCH)
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright")
+    session.run("python", "-m", "pytest", "tests/test_app.py", "-m", "not gpu", *session.posargs)

@@ -505,7 +505,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model, tokenizer = load(args.model)
     except (OSError, ValueError) as error:
-        print(f"app: cannot load --model {args.model}: {error}", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"app: cannot load --model {args.model}: {reason}", file=sys.stderr)
         return 1
     blocks = build(model, tokenizer)
     try:
