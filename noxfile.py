@@ -42,3 +42,11 @@ def tests(session: nox.Session, transformers: str) -> None:
         selection = COMPATIBILITY_TESTS
     # Two processes of one thread each: most tests are too small for more threads to help.
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def app(session: nox.Session) -> None:
+    """The example app, in a browser too where there is a chromium: `apt-get install chromium`."""
+    session.install(TORCH)
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49")  # which drives that chromium
+    session.run("python", "-m", "pytest", "-rs", "-m", "not gpu", "tests/test_app.py", *session.posargs)
