@@ -46,8 +46,8 @@ def tests(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
-def browser(session: nox.Session) -> None:
-    """The page of `examples/app.py` in a headless Chromium, which has to be there."""
+def app(session: nox.Session) -> None:
+    """The example app, in a browser too where there is a chromium: `apt-get install chromium`."""
     session.install(TORCH)
-    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright")
-    session.run("python", "-m", "pytest", "tests/test_app.py", "-m", "not gpu", *session.posargs)
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49")  # which drives that chromium
+    session.run("python", "-m", "pytest", "-rs", "-m", "not gpu", "tests/test_app.py", *session.posargs)

@@ -67,28 +67,29 @@ class Reading(NamedTuple):
 # The word
 
 
-def word_pattern(mask_token: str) -> str:
-    return rf"{re.escape(mask_token)}|\w+"
+def places_of_word(text: str, word: str, mask_token: str) -> list[tuple[int, int]]:
+    """Where the text has a whole word, in whatever case, or [MASK]."""
+    before, after = ("", "") if word == mask_token else (r"(?<!\w)", r"(?!\w)")
+    return [match.span() for match in re.finditer(before + re.escape(word) + after, text, re.IGNORECASE)]
 
 
 def find_word(text: str, word: str, occurrence: int, mask_token: str) -> tuple[int, int]:
-    """Where the text has a whole word for the n-th time, in whatever case; no word means [MASK].
+    """Where the text has a word for the n-th time; no word means [MASK].
 
     Raises:
         ValueError: it does not.
     """
-    word = word.strip() or mask_token
-    edges = ("", "") if word == mask_token else (r"(?<!\w)", r"(?!\w)")
-    found = [m.span() for m in re.finditer(edges[0] + re.escape(word) + edges[1], text, re.IGNORECASE)]
     if not text.strip():
         raise ValueError("There is no text yet: paste one, or upload a file.")
-    if not found and word == mask_token:
+    word = word.strip() or mask_token
+    places = places_of_word(text, word, mask_token)
+    if not places and word == mask_token:
         raise ValueError(f"The text has no {mask_token}: double-click a word in it, or name one.")
-    if not found:
+    if not places:
         raise ValueError(f"The text does not have the word “{word}”.")
-    if not 1 <= occurrence <= len(found):
-        raise ValueError(f"The text has “{word}” {len(found):,} times: there is no occurrence {occurrence:,}.")
-    return found[occurrence - 1]
+    if not 1 <= occurrence <= len(places):
+        raise ValueError(f"“{word}” occurs {len(places):,} times in the text: there is no number {occurrence:,}.")
+    return places[occurrence - 1]
 
 
 def word_at(text: str, selection: tuple[int, int], mask_token: str) -> tuple[str, int] | None:
@@ -98,11 +99,9 @@ def word_at(text: str, selection: tuple[int, int], mask_token: str) -> tuple[str
     """
     encoded = text.encode("utf-16-le", "surrogatepass")
     start, end = (len(encoded[: 2 * i].decode("utf-16-le", "ignore")) for i in selection)
-    for match in re.finditer(word_pattern(mask_token), text):
-        if match.end() > start and match.start() < end:
-            word = match.group()
-            places = (find_word(text, word, n, mask_token) for n in range(1, len(text)))
-            return word, next(n for n, place in enumerate(places, 1) if place == match.span())
+    for match in re.finditer(rf"{re.escape(mask_token)}|\w+", text):
+        if max(start, match.start()) < min(end, match.end()):
+            return match.group(), places_of_word(text, match.group(), mask_token).index(match.span()) + 1
     return None
 
 
@@ -241,7 +240,7 @@ STYLE = (
   overflow-y: auto; padding: 4px 8px; }
 .lsg .global-token { border-radius: 3px; display: inline-block; margin: 2px 6px 2px 0; padding: 0 6px; }
 .lsg .legend { color: var(--body-text-color); display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 8px; }
-.lsg .legend i { border-radius: 3px; display: inline-block; height: 12px; margin-right: 6px; width: 24px; }
+.lsg i { border-radius: 3px; display: inline-block; height: 12px; margin-right: 6px; width: 24px; }
 .lsg .strip { background: #fff; border: 1px solid #ccc; display: flex; height: 16px; margin: 0 0 8px; }
 .lsg .strip span { flex: 1; }
 .lsg .strip .chosen { outline: 2px solid #111; z-index: 1; }
@@ -376,7 +375,7 @@ def render_strongest(reading: Reading, weights: Tensor) -> str:
             shown = f"{escape(before)}<b>{escape(reading.text[first:last]) or 'start or end of the text'}</b>{escape(after)}"
         color = f'<i class="{kinds[index]}"></i>' if kinds[index] in COLORS else ""
         rows.append(
-            f'<tr><td class="number">{score:.2%}</td><td><span class="legend">{color}{kinds[index]}</span></td>'
+            f'<tr><td class="number">{score:.2%}</td><td>{color}{kinds[index]}</td>'
             f'<td class="number">{place}</td><td>{shown}</td></tr>'
         )
     head = '<tr><th class="number">weight</th><th>kind</th><th class="number">token</th><th>in the text</th></tr>'

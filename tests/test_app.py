@@ -101,7 +101,7 @@ def test_words_are_masked_and_found_again(app, loaded):
     ("", "", 1, "no text yet"),
     ("No mask.", "", 1, "has no [MASK]"),
     ("A ship.", "boat", 1, "does not have the word “boat”"),
-    ("A ship.", "ship", 2, "1 times: there is no occurrence 2"),
+    ("A ship.", "ship", 2, "“ship” occurs 1 times in the text: there is no number 2"),
     ("A ship. " * 90 + "The [MASK].", "", 1, "behind the 176 tokens"),
 ])  # fmt: skip
 def test_what_cannot_be_guessed_is_named(app, loaded, text, word, occurrence, message):
