@@ -37,11 +37,6 @@ SAMPLE_SEED = 0  # of --limit-*: not the run's seed, so that runs with several s
 # Where releases of transformers differ.
 RELEASE = Version(transformers.__version__)
 TOKENIZER_ARGUMENT = "processing_class" if RELEASE >= Version("4.46") else "tokenizer"  # of the Trainer
-if RELEASE < Version("4.48"):
-    # To resume, they read NumPy's random state by `torch.load`, which PyTorch 2.6 restricted.
-    torch.serialization.add_safe_globals(
-        [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # the first rebuilds an array
-    )
 csv.field_size_limit(2**31 - 1)  # whole documents are longer than the 131,072 characters of the default
 
 
@@ -309,6 +304,16 @@ def at_last_step(state: Mapping[str, Any]) -> bool:
     return state["global_step"] >= state["max_steps"]
 
 
+def allow_numpy_states() -> None:
+    """Let older releases resume: they read NumPy's random state by `torch.load`, which PyTorch 2.6 restricted.
+
+    Just before it is needed, since other libraries clear the list of what is allowed.
+    """
+    if RELEASE < Version("4.48"):
+        rebuild = np.empty(0).__reduce__()[0]
+        torch.serialization.add_safe_globals([rebuild, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
+
+
 def train(
     output: Path, build: Callable[[Path | None], Trainer], finished: Callable[[Mapping], bool] = at_last_step
 ) -> Trained:
@@ -324,6 +329,7 @@ def train(
     trainer = build(checkpoint)
     started = time.perf_counter()
     if state is None or not finished(state):
+        allow_numpy_states()
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         state = vars(trainer.state)
     return Trained(trainer, state, checkpoint, time.perf_counter() - started)

@@ -47,7 +47,7 @@ class Row:
 
     def load(self) -> PreTrainedModel:
         if self.selection is None:
-            return AlbertForMaskedLM.from_pretrained(self.path, attn_implementation="sdpa").eval()
+            return AlbertForMaskedLM.from_pretrained(self.path).eval()
         options = {"trust_remote_code": True, "sparsity_type": self.selection}
         return AutoModelForMaskedLM.from_pretrained(self.path, **options).eval()
 
