@@ -13,9 +13,11 @@ import html
 import importlib.util
 import os
 import re
+import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ STRONGEST = 20  # tokens in the table
 CONTEXT = 30  # characters shown on each side of a token there
 CELLS = 256  # of the strip that shows the whole text, at most
 MAX_FILE_SIZE = "5mb"
+PORTS = range(7860, 7960)  # the first free one is taken where none is given
 
 
 class Reading(NamedTuple):
@@ -496,10 +499,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def free_port(host: str, ports: Iterable[int]) -> int:
+    """The first port that can be listened on at an address.
+
+    Raises:
+        OSError: there is none.
+    """
+    for port in ports:
+        try:
+            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+                return port
+        except OSError as error:
+            failure = error
+    raise OSError(f"port {port}: {failure.strerror}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if importlib.util.find_spec("gradio") is None:
         print('app: gradio is not installed: pip install ".[app]"', file=sys.stderr)
+        return 1
+    try:
+        port = free_port(args.host, PORTS if args.port is None else [args.port])
+    except OSError as error:
+        print(f"app: cannot listen on {args.host}: {error}", file=sys.stderr)
         return 1
     try:
         model, tokenizer = load(args.model)
@@ -507,18 +530,16 @@ def main(argv: list[str] | None = None) -> int:
         reason = " ".join(str(error).split())
         print(f"app: cannot load --model {args.model}: {reason}", file=sys.stderr)
         return 1
-    blocks = build(model, tokenizer)
-    try:
+    with tempfile.TemporaryDirectory(prefix="lsg_albert_app_") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        blocks = build(model, tokenizer)
         # All is said here, so that no variable of gradio's can open the page to others. It keeps no history.
         _, url, public_url = blocks.launch(
-            server_name=args.host, server_port=args.port, share=args.share, max_file_size=MAX_FILE_SIZE,
+            server_name=args.host, server_port=port, share=args.share, max_file_size=MAX_FILE_SIZE,
             run_history=False, ssr_mode=False, mcp_server=False, footer_links=[], quiet=True, prevent_thread_lock=True,
         )  # fmt: skip
-    except OSError as error:
-        print(f"app: cannot listen on {args.host}: {error}", file=sys.stderr)
-        return 1
-    print(f"Open {public_url or url} in a browser; Ctrl+C ends it.", flush=True)
-    blocks.block_thread()
+        print(f"Open {public_url or url} in a browser; Ctrl+C ends it.", flush=True)
+        blocks.block_thread()
     return 0
 
 

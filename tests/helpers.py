@@ -1,6 +1,7 @@
 """Repositories like the root's with small random models, what transformers logged, and code run in a new process."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from transformers import PreTrainedModel
 
@@ -26,6 +28,14 @@ def refuse(event, args):
         raise AssertionError(f"reached for the network: {event} {args}")
 sys.addaudithook(refuse)
 """
+
+
+def example(name: str) -> ModuleType:
+    """A script of examples/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_repository(folder: Path, model: PreTrainedModel) -> Path:

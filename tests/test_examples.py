@@ -1,21 +1,12 @@
 """The example scripts, run as a new user runs them."""
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import AlbertForMaskedLM, AutoTokenizer
 
 from conftest import ROOT
-from helpers import write_repository
+from helpers import example, write_repository
 from lsg_albert import LSGAlbertForMaskedLM
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from conftest import ROOT
 from fine_tuning import UsageError, last_checkpoint
-from helpers import write_repository
+from helpers import example, write_repository
 from lsg_albert import LSGAlbertForMaskedLM
-from test_examples import example
 
 SHORT, LONG = 12, 48  # tokens
 RECIPE = "--batch-size 4 --lr 1e-2 --log-every 1 --save-every 3 --epochs 4 --patience 0".split()

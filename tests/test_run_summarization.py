@@ -17,9 +17,8 @@ from transformers import AutoTokenizer, Seq2SeqTrainer
 
 from conftest import ROOT
 from fine_tuning import UsageError, last_checkpoint, load_rows
-from helpers import write_repository
+from helpers import example, write_repository
 from lsg_albert import LSGAlbertForConditionalGeneration
-from test_examples import example
 
 RECIPE = "--steps 6 --batch-size 2 --max-target-length 12 --lr 1e-2 --warmup 2 --log-every 1 --save-every 2".split()
 TESTING = "--beams 2 --eval-batch-size 2".split()

@@ -18,9 +18,8 @@ from transformers import AutoTokenizer, Trainer
 
 from conftest import ROOT
 from fine_tuning import load_rows
-from helpers import write_repository
+from helpers import example, write_repository
 from lsg_albert import LSGAlbertForMaskedLM, LSGAlbertForTokenClassification
-from test_examples import example
 from test_run_summarization import kill_at, write_rows
 
 script = example("run_token_classification")
