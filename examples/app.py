@@ -13,6 +13,7 @@ import html
 import importlib.util
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -530,6 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = " ".join(str(error).split())
         print(f"app: cannot load --model {args.model}: {reason}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, uploads are removed
     with tempfile.TemporaryDirectory(prefix="lsg_albert_app_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         blocks = build(model, tokenizer)

@@ -351,7 +351,8 @@ def served(repository, tmp_path_factory):
     finally:
         killer.cancel()
         process.terminate()
-        process.wait(30)
+        process.wait(60)
+    assert process.returncode == 0 and not list((folder / "uploads").glob("lsg_albert_app_*")), "cleaned up"
 
 
 @pytest.fixture
@@ -373,7 +374,7 @@ def page(served):
         browser.close()
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
