@@ -76,7 +76,9 @@ def segment_starts(documents: TokenizedDocuments, held_out: set[str], length: in
     return [np.arange(begin, end - length + 1, length) for name, begin, end in bounds if name in held_out]
 
 
-def choose_segments(corpora: Iterable[TokenizedDocuments], held_out: set[str], length: int, number: int, seed: int):
+def choose_segments(
+    corpora: Iterable[TokenizedDocuments], held_out: set[str], length: int, number: int, seed: int
+) -> np.ndarray:
     """`number` segments of `length` tokens, drawn evenly from the corpora, shape ``(number, length)``.
 
     Raises:

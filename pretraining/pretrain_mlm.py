@@ -453,6 +453,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("one of --model and --tokenizer is needed")
     if args.model is not None and (args.word_vectors or args.neighbour_heads):
         parser.error("--word-vectors and --neighbour-heads are for a model from scratch, not for --model")
+    if args.model is None and args.extend_positions is not None:
+        parser.error("--extend-positions is for a trained --model, not for one from scratch")
     if args.neighbour_heads and (
         args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
     ):

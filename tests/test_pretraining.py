@@ -506,3 +506,9 @@ def test_a_share_of_the_documents_is_held_out_by_their_ids(corpus, tokenizer, tm
 def test_a_missing_source_is_named(source):
     with pytest.raises(CorpusError, match=source):
         list(read_documents([source]))
+
+
+def test_positions_are_extended_of_a_trained_model_only(corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pretrain_mlm.parse_args(arguments(corpus, tmp_path / "out", "--extend-positions", "40"))
+    assert "--extend-positions is for a trained --model" in capsys.readouterr().err
