@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")
@@ -37,6 +38,7 @@ SAMPLE_SEED = 0  # of --limit-*: not the run's seed, so that runs with several s
 # Where releases of transformers differ.
 RELEASE = Version(transformers.__version__)
 TOKENIZER_ARGUMENT = "processing_class" if RELEASE >= Version("4.46") else "tokenizer"  # of the Trainer
+COUNT_ALL = {"average_tokens_across_devices": True} if RELEASE >= Version("4.48") else {}
 csv.field_size_limit(2**31 - 1)  # whole documents are longer than the 131,072 characters of the default
 
 
@@ -292,7 +294,7 @@ def training_keywords(args: argparse.Namespace) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
-    }
+    } | COUNT_ALL
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, args: argparse.Namespace) -> None:
@@ -333,6 +335,57 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         state = vars(trainer.state)
     return Trained(trainer, state, checkpoint, time.perf_counter() - started)
+
+
+# --- Several processes: their steps are those of one with the whole batch
+
+
+class OnPlainCPU:
+    """Mixin of `TrainingArguments`: with several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer
+    resumes with that number, at which PyTorch cannot load anything."""
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+class Arguments(OnPlainCPU, TrainingArguments):
+    """`TrainingArguments` from whose checkpoints several processes can go on."""
+
+
+class WholeCheckpoints:
+    """Mixin of a Trainer whose checkpoints are complete, for all processes, once they hold ``trainer_state.json``."""
+
+    def _save_rng_state(self, output_dir: str) -> None:  # the last that each process saves before
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+class MeanOverTokens(WholeCheckpoints):
+    """Mixin of a Trainer whose loss is a step's mean over all labelled tokens, in whichever batch or process they are.
+
+    Labels are (batch, tokens), -100 where there is none. Before transformers 4.48, which does not count a step's
+    tokens, it is the mean of the batches' means.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # the Trainer is to count the tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(
+            outputs["logits"].flatten(0, 1).float(),
+            inputs["labels"].flatten(),
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if num_items_in_batch is None or not model.training:
+            loss = loss / (inputs["labels"] != -100).sum()
+        else:  # gradients are the mean of those of the processes
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
 
 
 # --- Results

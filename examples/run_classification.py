@@ -47,15 +47,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
 from fine_tuning import (
     SAMPLE_SEED,
     TOKENIZER_ARGUMENT,
+    Arguments,
     Field,
     UsageError,
+    WholeCheckpoints,
     add_data_options,
     add_training_options,
     at_last_step,
@@ -242,8 +243,10 @@ class ByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch = int(self.trainer.state.epoch or 0)
-        generator = random.Random(f"{self.trainer.args.seed} {epoch}")
-        return iter(shuffled_by_length(self.lengths, self.trainer.args.train_batch_size, generator))
+        arguments = self.trainer.args
+        generator = random.Random(f"{arguments.seed} {epoch}")
+        together = arguments.train_batch_size * arguments.world_size
+        return iter(shuffled_by_length(self.lengths, together, generator))
 
 
 # --- Loss and metrics
@@ -328,7 +331,7 @@ class Validation(TrainerCallback):
             control.should_training_stop = True
 
 
-class DocumentTrainer(Trainer):
+class DocumentTrainer(WholeCheckpoints, Trainer):
     """A Trainer with weighted labels and batches of documents of similar lengths."""
 
     def __init__(self, *, weights: Tensor, **options: Any):
@@ -365,15 +368,15 @@ def load_model(path: str | Path, labels: Labels) -> PreTrainedModel:
     )
 
 
-def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    return TrainingArguments(
+def training_arguments(args: argparse.Namespace) -> Arguments:
+    return Arguments(
         **training_keywords(args), metric_for_best_model=args.best_by, greater_is_better=args.best_by != "loss"
     )
 
 
 def build_trainer(
     args: argparse.Namespace,
-    arguments: TrainingArguments,
+    arguments: Arguments,
     examples: Mapping[str, Documents],
     labels: Labels,
     tokenizer: PreTrainedTokenizerBase,
@@ -403,7 +406,7 @@ def build_trainer(
     )
 
 
-def steps_per_epoch(documents: int, arguments: TrainingArguments) -> int:
+def steps_per_epoch(documents: int, arguments: Arguments) -> int:
     batches = -(-documents // (arguments.train_batch_size * arguments.world_size))
     return max(1, batches // arguments.gradient_accumulation_steps)
 

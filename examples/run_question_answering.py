@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import string
 import sys
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
@@ -38,14 +40,15 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from fine_tuning import (
     TOKENIZER_ARGUMENT,
+    Arguments,
     Field,
     UsageError,
+    WholeCheckpoints,
     add_data_options,
     add_training_options,
     check_data_options,
@@ -442,6 +445,27 @@ def format_table(results: dict) -> str:
 # --- Model and Trainer
 
 
+class AnswerTrainer(WholeCheckpoints, Trainer):
+    """A Trainer whose loss looks at the tokens of each text only, so that it does not matter how far a batch is padded."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        # The loss is a batch's mean, so that the Trainer has to divide it by the batches that make a step.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        targets = inputs.pop("start_positions"), inputs.pop("end_positions")
+        outputs = model(**inputs)
+        padding = inputs["attention_mask"] == 0
+        first, last = (
+            nn.functional.cross_entropy(outputs[name].float().masked_fill(padding, -math.inf), target)
+            for name, target in zip(("start_logits", "end_logits"), targets, strict=True)
+        )
+        loss = (first + last) / 2
+        return (loss, outputs) if return_outputs else loss
+
+
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which must be able to say where in the text a token is."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -468,7 +492,7 @@ def build_examples(
 
 def build_trainer(
     args: argparse.Namespace,
-    arguments: TrainingArguments,
+    arguments: Arguments,
     examples: Mapping[str, Examples | None],
     model_path: str | Path,
 ) -> Trainer:
@@ -477,7 +501,7 @@ def build_trainer(
     model = load_pretrained(AutoModelForQuestionAnswering, model_path)
     enable_gradient_checkpointing(model, args)
     tokenizer = examples["train"].tokenizer
-    return Trainer(
+    return AnswerTrainer(
         model=model,
         args=arguments,
         train_dataset=examples["train"],
@@ -489,7 +513,7 @@ def build_trainer(
 
 def run(args: argparse.Namespace, command: str) -> str | None:
     """Train, save, test; the table of results, or None without test data or in a process other than the first."""
-    arguments = TrainingArguments(**training_keywords(args))
+    arguments = Arguments(**training_keywords(args))
     with arguments.main_process_first(desc="reading the data"):
         rows = load_splits(args, data_fields(args))
     check_validation(args, rows)

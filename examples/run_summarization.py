@@ -38,6 +38,8 @@ from fine_tuning import (
     RESAMPLES,
     TOKENIZER_ARGUMENT,
     Field,
+    MeanOverTokens,
+    OnPlainCPU,
     Spread,
     add_data_options,
     add_training_options,
@@ -144,6 +146,14 @@ def summarize_scores(texts: Sequence[str], scores: dict[str, list[float]]) -> di
 # --- Model and Trainer
 
 
+class SummaryArguments(OnPlainCPU, Seq2SeqTrainingArguments):
+    """Arguments from whose checkpoints several processes can go on."""
+
+
+class SummaryTrainer(MeanOverTokens, Seq2SeqTrainer):
+    """A Trainer in whose steps all tokens of the summaries count alike."""
+
+
 def check_lengths(args: argparse.Namespace, config: PretrainedConfig) -> None:
     """Complete the lengths from the model's, which they may not exceed."""
     args.max_source_length = check_length("--max-source-length", args.max_source_length, config)
@@ -162,15 +172,15 @@ def load_model(path: str | Path, args: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def training_arguments(args: argparse.Namespace) -> Seq2SeqTrainingArguments:
-    return Seq2SeqTrainingArguments(
+def training_arguments(args: argparse.Namespace) -> SummaryArguments:
+    return SummaryArguments(
         **training_keywords(args), label_smoothing_factor=args.label_smoothing, predict_with_generate=True
     )
 
 
 def build_trainer(
     args: argparse.Namespace,
-    arguments: Seq2SeqTrainingArguments,
+    arguments: SummaryArguments,
     rows: dict[str, Sequence[dict[str, str]] | None],
     model_path: str | Path,
 ) -> Seq2SeqTrainer:
@@ -181,7 +191,7 @@ def build_trainer(
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     lengths = args.max_source_length, args.max_target_length
     examples = {split: found and Examples(found, tokenizer, *lengths) for split, found in rows.items()}
-    return Seq2SeqTrainer(
+    return SummaryTrainer(
         model=model,
         args=arguments,
         train_dataset=examples["train"],

@@ -34,13 +34,14 @@ from transformers import (
     DataCollatorForTokenClassification,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from fine_tuning import (
     TOKENIZER_ARGUMENT,
+    Arguments,
     Field,
+    MeanOverTokens,
     UsageError,
     add_data_options,
     add_training_options,
@@ -327,9 +328,13 @@ def format_table(results: dict) -> str:
 # --- Model and Trainer
 
 
+class TagTrainer(MeanOverTokens, Trainer):
+    """A Trainer in whose steps all tags count alike."""
+
+
 def build_trainer(
     args: argparse.Namespace,
-    arguments: TrainingArguments,
+    arguments: Arguments,
     examples: Mapping[str, Examples | None],
     model_path: str | Path,
 ) -> Trainer:
@@ -343,7 +348,7 @@ def build_trainer(
         label2id=numbers,
     )
     enable_gradient_checkpointing(model, args)
-    return Trainer(
+    return TagTrainer(
         model=model,
         args=arguments,
         train_dataset=examples["train"],
@@ -392,7 +397,7 @@ def best_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def run(args: argparse.Namespace, command: str) -> str | None:
     """Train, save, test; the table of results, or None without test data or in a process other than the first."""
-    arguments = TrainingArguments(**training_keywords(args))
+    arguments = Arguments(**training_keywords(args))
     with arguments.main_process_first(desc="reading the data"):
         rows = {split: check_rows(found, split) for split, found in load_splits(args, data_fields(args)).items()}
     check_validation(args, rows)

@@ -157,7 +157,7 @@ def test_a_killed_worker_costs_no_step(corpus, plain_albert, two_processes_with_
     script = arguments.index("pretraining.pretrain_mlm") - 1  # after the launcher's -m
     killer = [str(ROOT / "tests" / "killed_worker.py"), method, str(step)]
     killed = subprocess.run(
-        [*arguments[:script], *killer, *arguments[script + 2 :]],
+        [*arguments[:script], *killer, *arguments[script + 1 :]],
         env={**os.environ, **ENVIRONMENT}, cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr and not (tmp_path / "final").exists()
