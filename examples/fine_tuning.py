@@ -27,7 +27,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")
@@ -352,6 +352,10 @@ class OnPlainCPU:
 
 class Arguments(OnPlainCPU, TrainingArguments):
     """`TrainingArguments` from whose checkpoints several processes can go on."""
+
+
+class Seq2SeqArguments(OnPlainCPU, Seq2SeqTrainingArguments):
+    """The same of `Seq2SeqTrainingArguments`."""
 
 
 class WholeCheckpoints:

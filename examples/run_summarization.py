@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 
@@ -39,7 +38,7 @@ from fine_tuning import (
     TOKENIZER_ARGUMENT,
     Field,
     MeanOverTokens,
-    OnPlainCPU,
+    Seq2SeqArguments,
     Spread,
     add_data_options,
     add_training_options,
@@ -146,10 +145,6 @@ def summarize_scores(texts: Sequence[str], scores: dict[str, list[float]]) -> di
 # --- Model and Trainer
 
 
-class SummaryArguments(OnPlainCPU, Seq2SeqTrainingArguments):
-    """Arguments from whose checkpoints several processes can go on."""
-
-
 class SummaryTrainer(MeanOverTokens, Seq2SeqTrainer):
     """A Trainer in whose steps all tokens of the summaries count alike."""
 
@@ -172,15 +167,15 @@ def load_model(path: str | Path, args: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def training_arguments(args: argparse.Namespace) -> SummaryArguments:
-    return SummaryArguments(
+def training_arguments(args: argparse.Namespace) -> Seq2SeqArguments:
+    return Seq2SeqArguments(
         **training_keywords(args), label_smoothing_factor=args.label_smoothing, predict_with_generate=True
     )
 
 
 def build_trainer(
     args: argparse.Namespace,
-    arguments: SummaryArguments,
+    arguments: Seq2SeqArguments,
     rows: dict[str, Sequence[dict[str, str]] | None],
     model_path: str | Path,
 ) -> Seq2SeqTrainer:
