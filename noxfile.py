@@ -41,8 +41,7 @@ def tests(session: nox.Session, transformers: str) -> None:
         selection = ["-m", "not gpu"]
     elif transformers in BETWEEN:
         selection = COMPATIBILITY_TESTS
-    # Two processes of one thread each: most tests are too small for more threads to help.
-    session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
 
 
 @nox.session

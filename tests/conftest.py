@@ -48,6 +48,13 @@ TINY = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each process of `pytest -n`: most tests are too small for more threads to help."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
