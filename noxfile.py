@@ -42,6 +42,8 @@ def tests(session: nox.Session, transformers: str) -> None:
     elif transformers in BETWEEN:
         selection = COMPATIBILITY_TESTS
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
+    if transformers in BETWEEN:  # several processes, where the Trainers of the releases differ most
+        session.run("python", "-m", "pytest", "-m", "slow", "tests/test_example_processes.py", "-k", "token")
 
 
 @nox.session

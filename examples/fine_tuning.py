@@ -369,8 +369,8 @@ class WholeCheckpoints:
 class MeanOverTokens(WholeCheckpoints):
     """Mixin of a Trainer whose loss is a step's mean over all labelled tokens, in whichever batch or process they are.
 
-    Labels are (batch, tokens), -100 where there is none. Before transformers 4.48, which does not count a step's
-    tokens, it is the mean of the batches' means.
+    Labels are (batch, tokens), -100 where there is none. Before transformers 4.48, whose Trainer does not count the
+    tokens of all processes, it is the mean of the processes' or the batches' means.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -388,7 +388,8 @@ class MeanOverTokens(WholeCheckpoints):
         if num_items_in_batch is None or not model.training:
             loss = loss / (inputs["labels"] != -100).sum()
         else:  # gradients are the mean of those of the processes
-            loss = loss * self.accelerator.num_processes / num_items_in_batch
+            processes = self.accelerator.num_processes if COUNT_ALL else 1
+            loss = loss * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 

@@ -108,14 +108,16 @@ def losses(output: Path) -> list[float]:
 
 
 def test_two_processes_train_as_one_and_resume(script, options, tmp_path):
-    """The second process is killed in the fifth step of the run that is resumed."""
+    """The second process is killed in the sixth step of the run that is resumed."""
     alone = run([], script, options, tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    killer = [str(ROOT / "tests" / "killed_worker.py"), "training_step", "4", script]
+    killer = [str(ROOT / "tests" / "killed_worker.py"), "training_step", "5", script]
     killed = run([*TORCHRUN, *killer], script, options, tmp_path / "together")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     resumed = run(TORCHRUN, script, options, tmp_path / "together")
     assert resumed.returncode == 0, resumed.stderr
+    assert '"resumed_from": "checkpoint-4"' in (tmp_path / "together" / "results.json").read_text()
     curve = losses(tmp_path / "together")
     assert len(curve) == 6 and curve[0] != curve[-1]
+    # Losses are rounded to 1e-4, and Adam turns a gradient near zero, whose sign is rounding, into a whole step of 1e-2.
     assert curve == pytest.approx(losses(tmp_path / "alone"), rel=1e-3, abs=1e-3)

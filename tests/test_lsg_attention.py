@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lsg_albert import lsg_attention as lsg_attention_module
 from lsg_albert.lsg_attention import (
+    attention_gradients,
     eager_attention,
     key_windows,
     lsg_attention,
@@ -191,6 +192,23 @@ def test_eager_and_sdpa_agree_also_without_visible_text():
     expected = value[:, :, :1].expand_as(value)
     for attention in (eager_attention, sdpa_attention):
         torch.testing.assert_close(attention(query, key, value, visibility_bias(visible, query.dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_as_near_the_exact_ones_as_those_of_torch(dtype):
+    query, key, value, grad = (torch.randn(2, 3, 8, 16).to(dtype) for _ in range(4))
+    visible = torch.rand(1, 3, 1, 8) < 0.8
+    visible[..., 0] = True
+    bias = visibility_bias(visible, dtype)
+
+    def by_torch(dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        return torch.autograd.grad(sdpa_attention(*inputs, bias.to(dtype)), inputs, grad.to(dtype))
+
+    found = attention_gradients(query, key, value, bias, grad)
+    for ours, exact, torchs in zip(found, by_torch(torch.float64), by_torch(dtype), strict=True):
+        error, allowed = ((x.double() - exact).abs().max() for x in (ours, torchs))
+        assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_dropout_drops_and_keeps_the_mean():
