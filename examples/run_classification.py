@@ -148,11 +148,12 @@ def split_off(rows: Sequence[dict], fraction: float) -> tuple[list[dict], list[d
     """Split rows in two, the second with that fraction of each label's documents, the same ones in every run.
 
     What rounding leaves over goes on to the next label, so that small classes are not left out together. A label's
-    only document stays in the first part.
+    only document stays in the first part. Documents with lists of labels are split as they come: few lists are equal.
     """
     by_label: dict[str, list[int]] = {}
     for index in random.Random(SAMPLE_SEED).sample(range(len(rows)), len(rows)):
-        by_label.setdefault(json.dumps(rows[index]["label"]), []).append(index)
+        label = rows[index]["label"]
+        by_label.setdefault("" if isinstance(label, list) else json.dumps(label), []).append(index)
     taken: set[int] = set()
     due = 0.5  # half of one, so that the sum is rounded
     for label in sorted(by_label):

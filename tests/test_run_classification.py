@@ -334,6 +334,8 @@ def test_split_off_takes_each_labels_share(script):
     assert script.split_off(rows, 0.1) == (kept, validation)
     many = [{"text": str(i), "label": i // 2} for i in range(60)]
     assert len(script.split_off(many, 0.1)[1]) == 6  # although no label has ten documents
+    different = [{"text": str(i), "label": [f"{i % 4}", f"{i}"]} for i in range(40)]
+    assert len(script.split_off(different, 0.1)[1]) == 4  # although no two lists of labels are equal
 
 
 def test_batches_hold_similar_lengths_and_every_document_once(script):
