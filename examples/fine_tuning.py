@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import distributed, nn
 from transformers import PretrainedConfig, PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -530,4 +530,6 @@ def run_script(name: str, run: Callable[[str], str | None], argv: Sequence[str] 
         return 1
     if table is not None:
         print(table)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort an interpreter that ends before them
     return 0

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AlbertConfig,
@@ -522,6 +522,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if int(os.environ.get("RANK", "0")) == 0:  # the first of torchrun's processes
         print(json.dumps(metrics))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort an interpreter that ends before them
     return 0
 
 

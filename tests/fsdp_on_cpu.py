@@ -8,6 +8,7 @@ DDP. Here its state says FSDP with the plugin that it made from the configuratio
 
 import runpy
 import sys
+import time
 
 import torch
 from accelerate.state import AcceleratorState
@@ -26,4 +27,9 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs) -> None:
 if __name__ == "__main__":
     AcceleratorState.__init__ = with_fsdp
     sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    finally:
+        # Sharded parameters keep gloo's threads alive, which abort an interpreter that ends while they let go of the
+        # last sum's tensors.
+        time.sleep(0.5)
