@@ -182,40 +182,62 @@ def hashed(
     rounds: tuple[int, ...],
     projections: tuple[Tensor, ...],
 ) -> SparseTokens:
-    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; a sparse token is a cluster's mean.
-
-    Each round hashes the clusters that the round before it made, starting from single tokens.
-    """
+    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; a sparse token is a cluster's mean."""
     dtype = at_least_float32(key)
-    count = visible.to(dtype).unflatten(2, (-1, chunk_size))[..., None]  # (B, 1, C, W, 1)
-    sums = torch.cat([key, value], dim=-1).to(dtype).unflatten(2, (-1, chunk_size)) * count  # (B, H, C, W, D + E)
-    for num_buckets, projection in zip(rounds, projections, strict=True):
-        members = assign_buckets(sums[..., : key.shape[-1]], projection.to(sums), num_buckets)  # (B, H, C, R, W)
-        sums, count = members @ sums, members @ count
-    means = (sums / count.clamp(min=1)).flatten(2, 3).to(key.dtype)
-    return SparseTokens(*means.tensor_split([key.shape[-1]], dim=-1), (count >= 1).flatten(2))
+    key_chunks, value_chunks = (x.to(dtype).unflatten(2, (-1, chunk_size)) for x in (key, value))
+    with torch.no_grad():  # which cluster a token is in has no gradient
+        members = cluster(key_chunks, visible.to(dtype).unflatten(2, (-1, chunk_size)), rounds, projections)
+    count = members.sum(-1, keepdim=True)
+    weights = members / count.clamp(min=1)  # (B, H, C, R, W)
+    means = ((weights @ x).flatten(2, 3).to(key.dtype) for x in (key_chunks, value_chunks))
+    return SparseTokens(*means, (count >= 1).flatten(2))
 
 
-def assign_buckets(key_sum: Tensor, projection: Tensor, num_buckets: int) -> Tensor:
-    """Which of the `num_buckets` buckets holds which element, as a 0/1 matrix.
+def cluster(key: Tensor, visible: Tensor, rounds: tuple[int, ...], projections: tuple[Tensor, ...]) -> Tensor:
+    """Put each chunk's tokens into buckets.
+
+    Each round hashes the sums of the buckets that the round before it made, starting from single tokens.
 
     Args:
-        key_sum: (B, H, C, W, D) sums of the elements' keys, whose length does not matter. An empty element has the sum
-            0, lands in bucket 0, and adds nothing there.
-        projection: (H, D, num_buckets // 2) random directions; an element goes to the direction, or the opposite of
-            a direction, that it is nearest to (Andoni et al. 2015, arXiv 1509.02897, cross-polytope hashing).
-        num_buckets: R; of an odd number the last bucket stays empty, but for R = 1, which takes all.
+        key: (B, H, C, W, D).
+        visible: (B, 1, C, W), 1 for the tokens that count, 0 for others.
+        rounds, projections: as in `hash_projections`, of one call.
 
     Returns:
-        (B, H, C, R, W) in the dtype of `key_sum`.
+        (B, H, C, R, W) in the dtype of `key`: 1 for a visible token in its bucket, else 0.
     """
-    if num_buckets == 1:
-        return torch.ones_like(key_sum[..., 0])[..., None, :]
-    scores = key_sum @ projection[:, None]
-    nearest = scores.abs().argmax(-1, keepdim=True)  # (B, H, C, W, 1)
-    bucket = nearest + projection.shape[-1] * (scores.gather(-1, nearest) < 0)
-    members = scores.new_zeros(*scores.shape[:-2], num_buckets, scores.shape[-2])
-    return members.scatter(-2, bucket.mT, 1.0)
+    bucket = nearest_direction(key, projections[0])
+    for num_buckets, projection in zip(rounds[:-1], projections[1:], strict=True):
+        sums = memberships(bucket, visible, num_buckets) @ key
+        bucket = nearest_direction(sums, projection).gather(-1, bucket)
+    return memberships(bucket, visible, rounds[-1])
+
+
+def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
+    """Buckets (B, H, C, W) as the matrix (B, H, C, R, W) with `visible` (B, 1, C, W) at each token's bucket, else 0."""
+    members = visible.new_zeros(*bucket.shape[:-1], num_buckets, bucket.shape[-1])
+    return members.scatter_(-2, bucket[..., None, :], visible.expand(bucket.shape)[..., None, :])
+
+
+def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
+    """Which random direction, or opposite of one, each vector is nearest to, whatever its length.
+
+    Cross-polytope hashing, Andoni et al. 2015, arXiv 1509.02897.
+
+    Args:
+        vectors: (B, H, C, W, D). For a vector of zeros it is direction 0.
+        projection: (H, D, R // 2), the directions. Their opposites follow them, so an odd number of buckets leaves the
+            last one empty, but for R = 1, without any direction, which takes all.
+
+    Returns:
+        (B, H, C, W), long.
+    """
+    if not projection.shape[-1]:
+        return torch.zeros_like(vectors[..., 0], dtype=torch.long)
+    scores = vectors.flatten(2, 3) @ projection.to(vectors)
+    (highest, direction), (lowest, opposite) = scores.max(-1), scores.min(-1)
+    nearest = torch.where(highest >= -lowest, direction, opposite + projection.shape[-1])
+    return nearest.unflatten(-1, vectors.shape[2:4])
 
 
 def hash_projections(

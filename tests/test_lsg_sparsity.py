@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from lsg_albert.lsg_sparsity import (
     LSGPattern,
-    assign_buckets,
+    cluster,
     first_query_weights,
     hash_projections,
     hashed,
@@ -105,11 +105,21 @@ def test_hashing_joins_what_points_the_same_way():
 
 
 def test_one_bucket_takes_all_and_an_odd_last_one_stays_empty():
-    key_sum = torch.randn(1, 1, 1, 5, 3)
-    assert torch.equal(assign_buckets(key_sum, torch.empty(1, 3, 0), 1), torch.ones(1, 1, 1, 1, 5))
-    members = assign_buckets(key_sum, torch.randn(1, 3, 2), 5)
+    key, visible = torch.randn(1, 1, 1, 5, 3), torch.tensor([1.0, 0, 1, 1, 1]).reshape(1, 1, 1, 5)
+    assert torch.equal(cluster(key, visible, (1,), (torch.empty(1, 3, 0),)), visible[..., None, :])
+    members = cluster(key, visible, (5,), (torch.randn(1, 3, 2),))
     assert members.shape == (1, 1, 1, 5, 5)
-    assert torch.equal(members.sum(3), torch.ones(1, 1, 1, 5)) and not members[..., 4, :].any()
+    assert torch.equal(members.sum(3), visible) and not members[..., 4, :].any()
+
+
+def test_a_round_hashes_the_sums_of_the_round_before_it():
+    """The first token is nearest to the first axis, but its sum with the second, near the same diagonal, is not."""
+    key = torch.tensor([[5.0, 1], [1, 6], [4, -3]])[None, None, None]
+    axes, diagonals = torch.eye(2)[None], torch.tensor([[[1.0, 1], [-1, 1]]])
+    visible = torch.ones(1, 1, 1, 3)
+    assert cluster(key, visible, (4,), (axes,))[0, 0, 0].tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    members = cluster(key, visible, (4, 4), (diagonals, axes))
+    assert members[0, 0, 0].tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_a_factor_of_one_keeps_everything():
