@@ -264,14 +264,18 @@ def block_attention(
     return torch.cat(parts).transpose(0, 1)
 
 
+def is_traced() -> bool:
+    """Whether the computation is recorded, to be run on other inputs than those at hand."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def chunks_pay(query: Tensor, implementation: str, dropout: float) -> bool:
     """Whether to go through the blocks in chunks: on the CPU, where fresh memory is slow and a cache is large.
 
-    A compiler fuses by itself, and what dropout dropped cannot be computed again.
+    A compiler fuses by itself, a trace with Python's part in it cannot be saved, and what dropout dropped cannot be
+    computed again.
     """
-    return (
-        query.device.type == "cpu" and implementation == "sdpa" and not dropout and not torch.compiler.is_compiling()
-    )
+    return query.device.type == "cpu" and implementation == "sdpa" and not dropout and not is_traced()
 
 
 def window_attention(

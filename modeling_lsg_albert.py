@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
+from .lsg_attention import block_attention, is_traced, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
 from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached
 from .lsg_decoder import LSGAlbertDecoder, shift_right
@@ -107,10 +107,9 @@ def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
         and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
     )
     is_busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return (
         is_plain
-        and not (is_busy or is_traced)
+        and not (is_busy or is_traced())
         and x.device.type == "cpu"
         and x.dtype == linear.weight.dtype
         and x.dtype in fused_gelu_dtypes()
@@ -268,7 +267,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         if self.chunk_size_feed_forward:
             return self.chunk_size_feed_forward
         num_tokens = hidden_states.shape[-2]
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not hidden_states.is_cpu:
+        if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
             return num_tokens
         # Chunks of one size, about: a last one of a single token would read all weights for it.
         return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
@@ -363,8 +362,8 @@ class LSGAlbertEncoder(nn.Module):
         does not know."""
         if self.reads_padding or not self.config.pack_padding:
             return "keep"
-        is_compiled = torch.compiler.is_compiling() or self.config._attn_implementation == "flex_attention"
-        return "blank" if is_compiled or torch.jit.is_tracing() or visible.is_meta else "drop"
+        is_compiled = is_traced() or self.config._attn_implementation == "flex_attention"
+        return "blank" if is_compiled or visible.is_meta else "drop"
 
     def adaptive_padding(self, length: int) -> int:
         """How many tokens of padding the blocks need behind a text of `length` tokens.
