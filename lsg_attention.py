@@ -12,7 +12,7 @@ keys, as global tokens are always visible.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from .lsg_flex import flex_blocks
 from .lsg_sparsity import LSGPattern, SparseTokens, at_least_float32, select_sparse_tokens
 
 MAP_COLUMNS = 512  # columns of an attention map computed at a time, which bounds the memory beside the map's own
-CHUNK_BYTES = 2**23  # about so many bytes of keys are copied into windows at a time: they stay in the cache
+CHUNK_BYTES = 2**21  # about so many bytes of keys are copied into windows at a time: they stay in the cache
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
@@ -81,14 +81,41 @@ class Sources(NamedTuple):
     of_text: Tensor  # (H, W + N * W + W, ...)
     of_sparse: Tensor | None  # (H, reach + N * p + reach, ...), reach = p + S; None without a sparse part
 
-    def part(self, first: int, last: int, pattern: LSGPattern) -> "Sources":
-        """The sources of the blocks `first` to `last - 1` only, as views."""
-        of_text = self.of_text[:, first * pattern.block_size : (last + 2) * pattern.block_size]
-        of_sparse = self.of_sparse
-        if of_sparse is not None:
-            step = pattern.sparse_per_block
-            of_sparse = of_sparse[:, first * step : last * step + 2 * pattern.sparse_reach]
-        return Sources(self.of_globals, of_text, of_sparse)
+
+class Chunk(NamedTuple):
+    """Some consecutive blocks, and which columns of their windows are seen by any of their queries.
+
+    Of the windows' parts as `window_parts` gives them, each with the first column and the one after the last.
+    """
+
+    blocks: slice
+    columns: list[tuple[int, int]]
+
+
+class WindowPart(NamedTuple):
+    """A part of the windows: for block n the `size` tokens from the (n * step)-th on."""
+
+    tokens: Tensor  # (H, (N - 1) * step + size, ...)
+    size: int
+    step: int
+
+
+def window_parts(sources: Sources, pattern: LSGPattern, chunk: Chunk | None = None) -> list[WindowPart]:
+    """The parts of the windows behind the global tokens, as views, of all blocks or of a chunk."""
+    parts = [WindowPart(sources.of_text, 3 * pattern.block_size, pattern.block_size)]
+    if sources.of_sparse is not None:
+        size, step = pattern.sparse_block_size, pattern.sparse_per_block
+        left_end = sources.of_sparse.shape[1] - 3 * step - size
+        sides = sources.of_sparse[:, :left_end], sources.of_sparse[:, 3 * step + size :]
+        parts = [WindowPart(side, size, step) for side in sides] + parts
+    if chunk is None:
+        return parts
+    first, last = chunk.blocks.start, chunk.blocks.stop - 1
+    return [
+        WindowPart(tokens[:, first * step + begin : last * step + end], end - begin, step)
+        for (tokens, _, step), (begin, end) in zip(parts, chunk.columns, strict=True)
+        if begin < end
+    ]
 
 
 def window_sources(
@@ -104,46 +131,36 @@ def window_sources(
     return Sources(of_globals, pad(of_text, pattern.block_size), of_sparse)
 
 
-def key_windows(sources: Sources, row: Tensor, pattern: LSGPattern) -> Tensor:
+def key_windows(sources: Sources, row: Tensor, pattern: LSGPattern, chunk: Chunk | None = None) -> Tensor:
     """All that the queries of each block see.
 
     Args:
         sources: of N blocks.
         row: (N,), which row each block is of.
         pattern: the sizes.
+        chunk: only its blocks, and only its columns.
 
     Returns:
         (H, N, K, ...), K = G [+ 2 S] + 3 W: the global tokens of the block's row; S sparse tokens on each side of
         those that stand for the local window; the local window, which is the block and one neighbour on each side.
     """
-    windows = [sources.of_globals[:, row]]
-    if sources.of_sparse is not None:
-        size, step = pattern.sparse_block_size, pattern.sparse_per_block
-        left_end = sources.of_sparse.shape[1] - 3 * step - size
-        for side in (sources.of_sparse[:, :left_end], sources.of_sparse[:, 3 * step + size :]):
-            windows.append(side.unfold(1, size, step).movedim(-1, 2))
-    windows.append(sources.of_text.unfold(1, 3 * pattern.block_size, pattern.block_size).movedim(-1, 2))
+    windows = [sources.of_globals[:, row if chunk is None else row[chunk.blocks]]]
+    for tokens, size, step in window_parts(sources, pattern, chunk):
+        windows.append(tokens.unfold(1, size, step).movedim(-1, 2))
     return torch.cat(windows, dim=2)
 
 
-def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern) -> None:
-    """Add `windows` (H, N, K, ...), cut as by `key_windows`, to where they were cut from: the gradient of cutting."""
+def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern, chunk: Chunk) -> None:
+    """Add `windows`, cut as by `key_windows`, to where they were cut from: the gradient of cutting."""
     windows = windows.movedim(2, -1)  # (H, N, ..., K), as `unfold` gives them
-    num_globals, num_local = total.of_globals.shape[2], 3 * pattern.block_size
-    of_globals, of_sparse, of_text = windows.tensor_split([num_globals, windows.shape[-1] - num_local], dim=-1)
-    total.of_globals.index_add_(1, row, of_globals.movedim(-1, 2))
-
-    def add(x: Tensor, part: Tensor, step: int) -> None:
-        for start in range(0, part.shape[-1], step):  # pieces of one step do not overlap, whole windows do
-            piece = part[..., start : start + step]
-            x[:, start:].unfold(1, piece.shape[-1], step)[:, : len(row)] += piece
-
-    if total.of_sparse is not None:
-        left, right = of_sparse.chunk(2, dim=-1)
-        step = pattern.sparse_per_block
-        add(total.of_sparse, left, step)
-        add(total.of_sparse[:, 3 * step + pattern.sparse_block_size :], right, step)
-    add(total.of_text, of_text, pattern.block_size)
+    parts = window_parts(total, pattern, chunk)
+    sizes = [total.of_globals.shape[2], *(part.size for part in parts)]
+    of_globals, *of_parts = windows.split(sizes, dim=-1)
+    total.of_globals.index_add_(1, row[chunk.blocks], of_globals.movedim(-1, 2))
+    for (tokens, size, step), gradient in zip(parts, of_parts, strict=True):
+        for start in range(0, size, step):  # pieces of one step do not overlap, whole windows do
+            piece = gradient[..., start : start + step]
+            tokens[:, start:].unfold(1, piece.shape[-1], step)[:, : windows.shape[1]] += piece
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -174,9 +191,9 @@ class ChunkedAttention(torch.autograd.Function):
         num_heads, num_blocks, block_size, _ = query.shape
         width = Sources(*sources[3:]).of_text.shape[-1]
         context = query.new_empty(num_blocks, block_size, num_heads, width).movedim(2, 0)
-        for part, key, value in chunks_of_blocks(query, bias, sources, pattern):
-            windows = (key_windows(x, row[part], pattern) for x in (key, value))
-            context[:, part] = sdpa_attention(query[:, part], *windows, bias[:, part])
+        for chunk, seen_bias in chunks_of_blocks(query, bias, Sources(*sources[:3]), pattern):
+            windows = (key_windows(Sources(*x), row, pattern, chunk) for x in (sources[:3], sources[3:]))
+            context[:, chunk.blocks] = sdpa_attention(query[:, chunk.blocks], *windows, seen_bias)
         return context
 
     @staticmethod
@@ -185,28 +202,39 @@ class ChunkedAttention(torch.autograd.Function):
         row, query, bias, *sources = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_sources = [None if x is None else torch.zeros_like(x) for x in sources]
-        chunks = chunks_of_blocks(query, bias, sources, ctx.pattern)
-        grad_chunks = chunks_of_blocks(query, bias, grad_sources, ctx.pattern)
-        for (part, key, value), (_, *grad_parts) in zip(chunks, grad_chunks, strict=True):
-            key, value = (key_windows(x, row[part], ctx.pattern) for x in (key, value))
+        for chunk, seen_bias in chunks_of_blocks(query, bias, Sources(*sources[:3]), ctx.pattern):
+            part = chunk.blocks
+            windows = (key_windows(Sources(*x), row, ctx.pattern, chunk) for x in (sources[:3], sources[3:]))
             grad_query[:, part], *grad_windows = attention_gradients(
-                query[:, part], key, value, bias[:, part], grad_context[:, part]
+                query[:, part], *windows, seen_bias, grad_context[:, part]
             )
-            for total, windows in zip(grad_parts, grad_windows, strict=True):
-                add_windows(total, windows, row[part], ctx.pattern)
+            for total, gradient in zip((grad_sources[:3], grad_sources[3:]), grad_windows, strict=True):
+                add_windows(Sources(*total), gradient, row, ctx.pattern, chunk)
         return None, None, grad_query, None, *grad_sources
 
 
 def chunks_of_blocks(
-    query: Tensor, bias: Tensor, sources: Sequence[Tensor | None], pattern: LSGPattern
-) -> Iterator[tuple[slice, Sources, Sources]]:
-    """Some blocks after another, and the sources of their keys and values, for queries (H, N, W, D)."""
+    query: Tensor, bias: Tensor, sources: Sources, pattern: LSGPattern
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Some blocks after another, and the bias of the columns that they see, for queries (H, N, W, D).
+
+    The first and the last blocks of a row see less than their windows hold: padding, or another row's text.
+    """
+    sizes = [part.size for part in window_parts(sources, pattern)]
     num_heads, num_blocks, _, width = query.shape
-    size = max(1, CHUNK_BYTES // (num_heads * bias.shape[-1] * width * query.element_size()))
-    for first in range(0, num_blocks, size):
-        last = min(first + size, num_blocks)
-        key, value = (Sources(*x).part(first, last, pattern) for x in (sources[:3], sources[3:]))
-        yield slice(first, last), key, value
+    count = max(1, CHUNK_BYTES // (num_heads * bias.shape[-1] * width * query.element_size()))
+    for first in range(0, num_blocks, count):
+        blocks = slice(first, min(first + count, num_blocks))
+        of_globals, *of_parts = bias[:, blocks].split([bias.shape[-1] - sum(sizes), *sizes], dim=-1)
+        columns = [seen_columns(part) for part in of_parts]
+        seen = [part[..., begin:end] for part, (begin, end) in zip(of_parts, columns, strict=True)]
+        yield Chunk(blocks, columns), torch.cat([of_globals, *seen], dim=-1)
+
+
+def seen_columns(bias: Tensor) -> tuple[int, int]:
+    """The first column of (..., K) that is not minus infinity throughout, and the one after the last such."""
+    seen = (bias == 0).flatten(0, -2).any(0).nonzero()
+    return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
 
 
 def block_attention(

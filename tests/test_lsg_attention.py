@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lsg_albert import lsg_attention as lsg_attention_module
 from lsg_albert.lsg_attention import (
+    Chunk,
     attention_gradients,
     eager_attention,
     key_windows,
@@ -14,6 +15,7 @@ from lsg_albert.lsg_attention import (
     lsg_attention_map,
     sdpa_attention,
     visibility_bias,
+    window_parts,
     window_sources,
 )
 from lsg_albert.lsg_sparsity import LSGPattern, hash_projections
@@ -225,7 +227,7 @@ def test_dropout_drops_and_keeps_the_mean():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.data())
 def test_key_windows_hold_the_slices_they_name(num_blocks, step, factor, size, is_sparse, data):
-    """Every token is its own number, and those beyond the ends are 0; any part of the blocks has the same windows."""
+    """Every token is its own number, and those beyond the ends are 0; a chunk has the same windows, cut."""
     block = step * factor
     pattern = LSGPattern(1, block, "stride" if is_sparse else None, size, factor)
     text = torch.arange(1, num_blocks * block + 1)[None]
@@ -234,18 +236,27 @@ def test_key_windows_hold_the_slices_they_name(num_blocks, step, factor, size, i
     row = torch.arange(num_blocks) // 3
     first = data.draw(st.integers(0, num_blocks - 1))
     last = data.draw(st.integers(first + 1, num_blocks))
-    windows = key_windows(sources.part(first, last, pattern), row[first:last], pattern)
+    whole = key_windows(sources, row, pattern)
+    columns = [
+        tuple(sorted(data.draw(st.tuples(*[st.integers(0, part.size)] * 2))))
+        for part in window_parts(sources, pattern)
+    ]
+    windows = key_windows(sources, row, pattern, Chunk(slice(first, last), columns))
 
     def within(x, start, stop):
         return [x[0, j].item() if 0 <= j < x.shape[1] else 0 for j in range(start, stop)]
 
-    for i in range(first, last):
-        expected = [-5 if i < 3 else -6]
+    for i in range(num_blocks):
+        of_globals = [-5 if i < 3 else -6]
+        parts = [within(text, (i - 1) * block, (i + 2) * block)]
         if is_sparse:
-            expected += within(sparse, (i - 1) * step - size, (i - 1) * step)
-            expected += within(sparse, (i + 2) * step, (i + 2) * step + size)
-        expected += within(text, (i - 1) * block, (i + 2) * block)
-        assert windows[0, i - first].tolist() == expected
+            left = within(sparse, (i - 1) * step - size, (i - 1) * step)
+            right = within(sparse, (i + 2) * step, (i + 2) * step + size)
+            parts = [left, right, *parts]
+        assert whole[0, i].tolist() == sum(parts, of_globals)
+        if first <= i < last:
+            seen = [part[begin:end] for part, (begin, end) in zip(parts, columns, strict=True)]
+            assert windows[0, i - first].tolist() == sum(seen, of_globals)
 
 
 def test_time_and_memory_shapes_are_linear_in_the_length():
