@@ -221,20 +221,24 @@ def chunks_of_blocks(
     The first and the last blocks of a row see less than their windows hold: padding, or another row's text.
     """
     sizes = [part.size for part in window_parts(sources, pattern)]
+    of_globals, *of_parts = bias.split([bias.shape[-1] - sum(sizes), *sizes], dim=-1)
+    seen = [seen_columns(part) for part in of_parts]
     num_heads, num_blocks, _, width = query.shape
     count = max(1, CHUNK_BYTES // (num_heads * bias.shape[-1] * width * query.element_size()))
     for first in range(0, num_blocks, count):
         blocks = slice(first, min(first + count, num_blocks))
-        of_globals, *of_parts = bias[:, blocks].split([bias.shape[-1] - sum(sizes), *sizes], dim=-1)
-        columns = [seen_columns(part) for part in of_parts]
-        seen = [part[..., begin:end] for part, (begin, end) in zip(of_parts, columns, strict=True)]
-        yield Chunk(blocks, columns), torch.cat([of_globals, *seen], dim=-1)
+        columns = [(min(begins[blocks]), max(ends[blocks])) for begins, ends in seen]
+        of_seen = [part[:, blocks, :, begin:end] for part, (begin, end) in zip(of_parts, columns, strict=True)]
+        yield Chunk(blocks, columns), torch.cat([of_globals[:, blocks], *of_seen], dim=-1)
 
 
-def seen_columns(bias: Tensor) -> tuple[int, int]:
-    """The first column of (..., K) that is not minus infinity throughout, and the one after the last such."""
-    seen = (bias == 0).flatten(0, -2).any(0).nonzero()
-    return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+def seen_columns(bias: Tensor) -> tuple[list[int], list[int]]:
+    """For each block of (1 or H, N, 1, K) the first column that is not minus infinity for all heads, and the one after
+    the last such; K and 0 where there is none."""
+    size = bias.shape[-1]
+    column = torch.arange(size, device=bias.device)
+    seen = (bias == 0).any(0)[:, 0]
+    return column.where(seen, size).amin(-1).tolist(), (column + 1).where(seen, 0).amax(-1).tolist()
 
 
 def block_attention(
