@@ -632,6 +632,16 @@ def test_exports_with_torch_export(tiny_config, sparsity_type):
 
 
 @torch.no_grad()
+def test_an_export_with_a_dynamic_length_holds_for_other_lengths(tiny_config):
+    model = LSGAlbertModel(tiny_config(num_hidden_layers=1)).eval()
+    shapes = {name: {1: torch.export.Dim.AUTO} for name in random_inputs()}
+    exported = torch.export.export(model, (), random_inputs(length=64), dynamic_shapes=shapes, strict=False).module()
+    for length in (32, 64, 120):
+        inputs = random_inputs(length=length)
+        torch.testing.assert_close(exported(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+@torch.no_grad()
 def test_a_saved_trace_holds_for_other_masks_than_its_example(tiny_config, tmp_path):
     model = LSGAlbertModel(tiny_config(max_position_embeddings=64)).eval()
     input_ids, mask = torch.randint(5, 99, (1, 64)), torch.ones(1, 64, dtype=torch.long)
