@@ -71,15 +71,11 @@ def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Sources(NamedTuple):
-    """What the key windows of consecutive blocks are cut from, for keys, values, or the rows that they are of.
-
-    Before and after the blocks' own tokens stand those that the first and the last window reach; beyond the text,
-    these are padding.
-    """
+    """What the key windows of consecutive blocks are cut from, for keys, values, or the rows that they are of."""
 
     of_globals: Tensor  # (H, B, G, ...)
-    of_text: Tensor  # (H, W + N * W + W, ...)
-    of_sparse: Tensor | None  # (H, reach + N * p + reach, ...), reach = p + S; None without a sparse part
+    of_text: Tensor  # (H, N * W, ...)
+    of_sparse: Tensor | None  # (H, N * p, ...); None without a sparse part
 
 
 class Chunk(NamedTuple):
@@ -93,45 +89,51 @@ class Chunk(NamedTuple):
 
 
 class WindowPart(NamedTuple):
-    """A part of the windows: for block n the `size` tokens from the (n * step)-th on."""
+    """A part of the windows: for block n the `size` tokens from the (start + n * step)-th on, with padding for those
+    before the first token and after the last."""
 
-    tokens: Tensor  # (H, (N - 1) * step + size, ...)
+    tokens: Tensor  # (H, T or L, ...)
+    start: int
     size: int
     step: int
 
+    def end(self, num_blocks: int) -> int:
+        """The token after the last in the windows of so many blocks."""
+        return self.start + (num_blocks - 1) * self.step + self.size
+
+    def missing(self, num_blocks: int) -> tuple[int, int]:
+        """How many tokens of padding stand in the windows of so many blocks, before and behind the others."""
+        end, length = self.end(num_blocks), self.tokens.shape[1]
+        return min(end, 0) - min(self.start, 0), max(end, length) - max(self.start, length)
+
+    def present(self, num_blocks: int) -> Tensor:
+        """The tokens in the windows of so many blocks, without padding; a view."""
+        return self.tokens[:, max(self.start, 0) : max(self.end(num_blocks), 0)]
+
+    def strip(self, num_blocks: int, fill: float = 0) -> Tensor:
+        """The tokens in the windows of so many blocks, with padding of `fill`; a view where none is missing."""
+        present, missing = self.present(num_blocks), self.missing(num_blocks)
+        return F.pad(present, [0, 0] * (present.ndim - 2) + [*missing], value=fill) if any(missing) else present
+
 
 def window_parts(sources: Sources, pattern: LSGPattern, chunk: Chunk | None = None) -> list[WindowPart]:
-    """The parts of the windows behind the global tokens, as views, of all blocks or of a chunk."""
-    parts = [WindowPart(sources.of_text, 3 * pattern.block_size, pattern.block_size)]
+    """The parts of the windows behind the global tokens, of all blocks or of a chunk."""
+    parts = [WindowPart(sources.of_text, -pattern.block_size, 3 * pattern.block_size, pattern.block_size)]
     if sources.of_sparse is not None:
         size, step = pattern.sparse_block_size, pattern.sparse_per_block
-        left_end = sources.of_sparse.shape[1] - 3 * step - size
-        sides = sources.of_sparse[:, :left_end], sources.of_sparse[:, 3 * step + size :]
-        parts = [WindowPart(side, size, step) for side in sides] + parts
+        parts = [WindowPart(sources.of_sparse, start, size, step) for start in (-step - size, 2 * step)] + parts
     if chunk is None:
         return parts
-    first, last = chunk.blocks.start, chunk.blocks.stop - 1
     return [
-        WindowPart(tokens[:, first * step + begin : last * step + end], end - begin, step)
-        for (tokens, _, step), (begin, end) in zip(parts, chunk.columns, strict=True)
+        WindowPart(tokens, start + chunk.blocks.start * step + begin, end - begin, step)
+        for (tokens, start, _, step), (begin, end) in zip(parts, chunk.columns, strict=True)
         if begin < end
     ]
 
 
-def window_sources(
-    of_globals: Tensor, of_text: Tensor, of_sparse: Tensor | None, pattern: LSGPattern, fill: float = 0
-) -> Sources:
-    """Put padding of `fill` around the text (H, T, ...) and the sparse tokens (H, L, ...)."""
-
-    def pad(x: Tensor, size: int) -> Tensor:  # token by token in memory, as the projections write
-        edge = x.new_full((), fill).expand(size, x.shape[0], *x.shape[2:])
-        return torch.cat([edge, x.transpose(0, 1), edge]).transpose(0, 1)
-
-    of_sparse = None if of_sparse is None else pad(of_sparse, pattern.sparse_reach)
-    return Sources(of_globals, pad(of_text, pattern.block_size), of_sparse)
-
-
-def key_windows(sources: Sources, row: Tensor, pattern: LSGPattern, chunk: Chunk | None = None) -> Tensor:
+def key_windows(
+    sources: Sources, row: Tensor, pattern: LSGPattern, chunk: Chunk | None = None, fill: float = 0
+) -> Tensor:
     """All that the queries of each block see.
 
     Args:
@@ -139,28 +141,34 @@ def key_windows(sources: Sources, row: Tensor, pattern: LSGPattern, chunk: Chunk
         row: (N,), which row each block is of.
         pattern: the sizes.
         chunk: only its blocks, and only its columns.
+        fill: what stands for tokens before the first and after the last.
 
     Returns:
         (H, N, K, ...), K = G [+ 2 S] + 3 W: the global tokens of the block's row; S sparse tokens on each side of
         those that stand for the local window; the local window, which is the block and one neighbour on each side.
     """
-    windows = [sources.of_globals[:, row if chunk is None else row[chunk.blocks]]]
-    for tokens, size, step in window_parts(sources, pattern, chunk):
-        windows.append(tokens.unfold(1, size, step).movedim(-1, 2))
+    row = row if chunk is None else row[chunk.blocks]
+    windows = [sources.of_globals[:, row]]
+    for part in window_parts(sources, pattern, chunk):
+        windows.append(part.strip(row.shape[0], fill).unfold(1, part.size, part.step).movedim(-1, 2))
     return torch.cat(windows, dim=2)
 
 
 def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern, chunk: Chunk) -> None:
     """Add `windows`, cut as by `key_windows`, to where they were cut from: the gradient of cutting."""
-    windows = windows.movedim(2, -1)  # (H, N, ..., K), as `unfold` gives them
+    windows, row = windows.movedim(2, -1), row[chunk.blocks]  # (H, N, ..., K), as `unfold` gives them
     parts = window_parts(total, pattern, chunk)
     sizes = [total.of_globals.shape[2], *(part.size for part in parts)]
     of_globals, *of_parts = windows.split(sizes, dim=-1)
-    total.of_globals.index_add_(1, row[chunk.blocks], of_globals.movedim(-1, 2))
-    for (tokens, size, step), gradient in zip(parts, of_parts, strict=True):
-        for start in range(0, size, step):  # pieces of one step do not overlap, whole windows do
-            piece = gradient[..., start : start + step]
-            tokens[:, start:].unfold(1, piece.shape[-1], step)[:, : windows.shape[1]] += piece
+    total.of_globals.index_add_(1, row, of_globals.movedim(-1, 2))
+    for part, gradient in zip(parts, of_parts, strict=True):
+        strip = part.strip(row.shape[0])
+        for start in range(0, part.size, part.step):  # pieces of one step do not overlap, whole windows do
+            piece = gradient[..., start : start + part.step]
+            strip[:, start:].unfold(1, piece.shape[-1], part.step)[:, : row.shape[0]] += piece
+        present = part.present(row.shape[0])
+        if strip.shape != present.shape:  # a copy, with padding
+            present.copy_(strip.narrow(1, part.missing(row.shape[0])[0], present.shape[1]))
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -321,12 +329,11 @@ def window_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """The context of the blocks' queries, each block with a window of keys of its own; arguments as of `flex_blocks`."""
-    seen = key_windows(window_sources(*owners, pattern, fill=-1), row, pattern) == row[:, None]  # (1 or H, N, K)
+    seen = key_windows(Sources(*owners), row, pattern, fill=-1) == row[:, None]  # (1 or H, N, K)
     bias = visibility_bias(seen, query.dtype)[:, :, None]
-    key, value = window_sources(*keys, pattern), window_sources(*values, pattern)
     if chunks_pay(query, implementation, dropout):
-        return ChunkedAttention.apply(pattern, row, query, bias, *key, *value)
-    windows = (key_windows(x, row, pattern) for x in (key, value))
+        return ChunkedAttention.apply(pattern, row, query, bias, *keys, *values)
+    windows = (key_windows(Sources(*x), row, pattern) for x in (keys, values))
     return ATTENTION_FUNCTIONS[implementation](query, *windows, bias, dropout)
 
 

@@ -45,11 +45,6 @@ class LSGPattern:
         return self.block_size // self.sparsity_factor
 
     @property
-    def sparse_reach(self) -> int:
-        """Sparse tokens from the edge of those that stand for a block to the far end of what it sees on that side."""
-        return self.sparse_per_block + self.sparse_block_size
-
-    @property
     def chunk_size(self) -> int:
         """Tokens per chunk of "norm" and "lsh"."""
         return min(self.block_size, self.sparse_block_size)

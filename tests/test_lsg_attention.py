@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lsg_albert import lsg_attention as lsg_attention_module
 from lsg_albert.lsg_attention import (
     Chunk,
+    Sources,
     attention_gradients,
     eager_attention,
     key_windows,
@@ -16,7 +17,6 @@ from lsg_albert.lsg_attention import (
     sdpa_attention,
     visibility_bias,
     window_parts,
-    window_sources,
 )
 from lsg_albert.lsg_sparsity import LSGPattern, hash_projections
 from oracle import oracle_attention
@@ -232,7 +232,7 @@ def test_key_windows_hold_the_slices_they_name(num_blocks, step, factor, size, i
     pattern = LSGPattern(1, block, "stride" if is_sparse else None, size, factor)
     text = torch.arange(1, num_blocks * block + 1)[None]
     sparse = 1000 + torch.arange(1, num_blocks * step + 1)[None] if is_sparse else None
-    sources = window_sources(torch.tensor([[[-5], [-6]]]), text, sparse, pattern)
+    sources = Sources(torch.tensor([[[-5], [-6]]]), text, sparse)
     row = torch.arange(num_blocks) // 3
     first = data.draw(st.integers(0, num_blocks - 1))
     last = data.draw(st.integers(first + 1, num_blocks))
