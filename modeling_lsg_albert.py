@@ -38,9 +38,7 @@ _USED_BY_GENERATE = {
     "cache_position", "next_sequence_length", "is_first_iteration",
 }  # fmt: skip
 
-CPU_CHUNK_TOKENS = 512  # in inference: their intermediate states stay in the cache of a core
-# In training: their intermediate states stay below 32 MB, from where on glibc fetches memory from the system each time.
-CPU_TRAINING_CHUNK_TOKENS = 1536
+CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
 
 # The same function; the second is one kernel, the first a chain of eight.
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
@@ -263,18 +261,16 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
     def chunk_size(self, hidden_states: Tensor) -> int:
         """How many tokens to take at a time after the attention, where no token needs another.
 
-        As many as `chunk_size_feed_forward` says; without it, on the CPU, as many as suit its memory. A training step
-        cuts alike with and without gradients: gradient checkpointing must compute what it did before, to the last bit.
+        As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
+        training: gradient checkpointing must compute what it did before, to the last bit.
         """
         if self.chunk_size_feed_forward:
             return self.chunk_size_feed_forward
         num_tokens = hidden_states.shape[-2]
-        if is_traced() or not hidden_states.is_cpu:
+        if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
             return num_tokens
-        is_training = self.training or torch.is_grad_enabled()
-        size = CPU_TRAINING_CHUNK_TOKENS if is_training else CPU_CHUNK_TOKENS
         # Chunks of one size, about: a last one of a single token would read all weights for it.
-        return math.ceil(num_tokens / max(1, round(num_tokens / size)))
+        return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""

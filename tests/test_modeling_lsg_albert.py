@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lsg_albert
 from conftest import TINY
-from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel, modeling_lsg_albert
+from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.convert_albert_to_lsg import convert_state_dict
 from lsg_albert.modeling_lsg_albert import select_states
 from oracle import oracle_encoder
@@ -397,42 +397,25 @@ def test_feed_forward_in_chunks_changes_nothing(tiny_config):
     torch.testing.assert_close(chunked(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
 
 
-def gradients_of(model, inputs):
-    """Of all parameters, in a step that draws the same random numbers each time."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def test_chunks_of_a_training_step_change_nothing(tiny_config, monkeypatch):
-    model = LSGAlbertForMaskedLM(tiny_config()).train()
-    inputs = random_inputs() | labels_for("ForMaskedLM")
-    sizes = []
-    model.albert.encoder.albert_layer_groups[0].albert_layers[0].ffn.register_forward_hook(
-        lambda _, args, output: sizes.append(output.shape[-2])
-    )
-    expected = gradients_of(model, inputs)
-    assert len(sizes) == model.config.num_hidden_layers
-    monkeypatch.setattr(modeling_lsg_albert, "CPU_TRAINING_CHUNK_TOKENS", 7)
-    for name, gradient in gradients_of(model, inputs).items():
-        torch.testing.assert_close(gradient, expected[name])
-    assert set(sizes[model.config.num_hidden_layers :]) <= set(range(1, 9))
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, monkeypatch, sparsity_type, use_reentrant):
-    monkeypatch.setattr(modeling_lsg_albert, "CPU_TRAINING_CHUNK_TOKENS", 7)
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, sparsity_type, use_reentrant):
     model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type, lsh_seed=None)).train()
-    inputs = random_inputs() | labels_for("ForMaskedLM")
-    expected = gradients_of(model, inputs)
+    inputs, labels = random_inputs(), labels_for("ForMaskedLM")
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(**inputs, **labels).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     assert model.is_gradient_checkpointing
     calls = []
     layer = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
     layer.attention.register_forward_hook(lambda *_: calls.append(1))
-    for name, gradient in gradients_of(model, inputs).items():
+    for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name])
     assert len(calls) == 2 * model.config.num_hidden_layers, "the layers were not computed again"
 
