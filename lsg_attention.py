@@ -37,7 +37,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = (query / math.sqrt(query.shape[-1])) @ key.mT + bias  # in this order float16 does not overflow
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # in this order float16 does not overflow
     return F.dropout(scores.softmax(-1), dropout) @ value
 
 
@@ -159,8 +159,16 @@ def key_windows(
     windows = [sources.of_globals[:, row]]
     for part in window_parts(sources, pattern, chunk):
         strip = part.whole_strip(fill) if chunk is None else part.strip(row.shape[0], fill)
-        windows.append(strip.unfold(1, part.size, part.step).movedim(-1, 2))
+        windows.append(cut_windows(strip, row.shape[0], part.size, part.step))
     return torch.cat(windows, dim=2)
+
+
+def cut_windows(strip: Tensor, num_blocks: int, size: int, step: int) -> Tensor:
+    """For each block `size` tokens, `step` further than for the block before: (H, tokens, ...) -> (H, N, size, ...)."""
+    if is_exported():  # not all exporters know how to unfold what is of any length
+        first = torch.arange(num_blocks, device=strip.device)[:, None] * step
+        return strip[:, first + torch.arange(size, device=strip.device)]
+    return strip.unfold(1, size, step).movedim(-1, 2)
 
 
 def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern, chunk: Chunk) -> None:
@@ -394,8 +402,9 @@ def global_attention(
     dtype = at_least_float32(query)
     query = query / math.sqrt(query.shape[-1])
     text_key, text_value = (blocks.segments(x, 1) for x in (text_key, text_value))  # (H, Z, I, ...)
-    scores = (query @ key.mT).to(dtype)  # (H, B, G, G)
-    text_scores = (text_key @ blocks.spread(query).mT).mT.to(dtype)  # (H, Z, G, I); else the keys would be copied
+    scores = (query @ key.transpose(-1, -2)).to(dtype)  # (H, B, G, G)
+    # (H, Z, G, I); the other way round the keys would be copied
+    text_scores = (text_key @ blocks.spread(query).transpose(-1, -2)).transpose(-1, -2).to(dtype)
     text_scores = text_scores.masked_fill(~blocks.segments(blocks.visible, 0)[:, None], -math.inf)
     with torch.no_grad():  # the softmax does not depend on what is subtracted
         peak = blocks.maximum(scores.amax(-1), text_scores.amax(-1))
