@@ -37,7 +37,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = (query / math.sqrt(query.shape[-1])) @ key.mT + bias  # in this order float16 does not overflow
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # in this order float16 does not overflow
     return F.dropout(scores.softmax(-1), dropout) @ value
 
 
@@ -115,6 +115,14 @@ class WindowPart(NamedTuple):
         present, missing = self.present(num_blocks), self.missing(num_blocks)
         return F.pad(present, [0, 0] * (present.ndim - 2) + [*missing], value=fill) if any(missing) else present
 
+    def whole_strip(self, fill: float = 0) -> Tensor:
+        """The same for all blocks that the tokens are of, `step` of them each: without a look at how many there are,
+        as a graph for any number of blocks must do."""
+        surplus = self.start + self.size - self.step  # tokens past the last block's own, or, below 0, short of them
+        missing = max(-self.start, 0), max(surplus, 0)
+        padded = F.pad(self.tokens, [0, 0] * (self.tokens.ndim - 2) + [*missing], value=fill)
+        return padded[:, max(self.start, 0) : padded.shape[1] + min(surplus, 0)]
+
 
 def window_parts(sources: Sources, pattern: LSGPattern, chunk: Chunk | None = None) -> list[WindowPart]:
     """The parts of the windows behind the global tokens, of all blocks or of a chunk."""
@@ -150,8 +158,17 @@ def key_windows(
     row = row if chunk is None else row[chunk.blocks]
     windows = [sources.of_globals[:, row]]
     for part in window_parts(sources, pattern, chunk):
-        windows.append(part.strip(row.shape[0], fill).unfold(1, part.size, part.step).movedim(-1, 2))
+        strip = part.whole_strip(fill) if chunk is None else part.strip(row.shape[0], fill)
+        windows.append(cut_windows(strip, row.shape[0], part.size, part.step))
     return torch.cat(windows, dim=2)
+
+
+def cut_windows(strip: Tensor, num_blocks: int, size: int, step: int) -> Tensor:
+    """For each block `size` tokens, `step` further than for the block before: (H, tokens, ...) -> (H, N, size, ...)."""
+    if is_exported():  # not all exporters know how to unfold what is of any length
+        first = torch.arange(num_blocks, device=strip.device)[:, None] * step
+        return strip[:, first + torch.arange(size, device=strip.device)]
+    return strip.unfold(1, size, step).movedim(-1, 2)
 
 
 def add_windows(total: Sources, windows: Tensor, row: Tensor, pattern: LSGPattern, chunk: Chunk) -> None:
@@ -274,12 +291,10 @@ def block_attention(
         The context, (H, M, E).
     """
     num_globals = blocks.num_rows * pattern.num_global_tokens
-    (global_query, text_query), (global_key, text_key), (global_value, text_value) = (
-        x.tensor_split([num_globals], dim=1) for x in (query, key, value)
-    )
     global_query, global_key, global_value = (
-        x.unflatten(1, (blocks.num_rows, -1)) for x in (global_query, global_key, global_value)
+        x[:, :num_globals].unflatten(1, (blocks.num_rows, pattern.num_global_tokens)) for x in (query, key, value)
     )  # (H, B, G, D)
+    text_query, text_key, text_value = (x[:, num_globals:] for x in (query, key, value))
     global_context = global_attention(
         global_query, global_key, global_value, text_key, text_value, blocks, pattern, dropout
     )
@@ -307,6 +322,12 @@ def block_attention(
 def is_traced() -> bool:
     """Whether the computation is recorded, to be run on other inputs than those at hand."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exported() -> bool:
+    """Whether the record is a graph that stands alone, for texts of any length. Nothing in it may depend on the length
+    at hand. A compiler looks at the length each time, and compiles again for one that its code does not hold for."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def chunks_pay(query: Tensor, implementation: str, dropout: float) -> bool:
@@ -345,7 +366,7 @@ def key_owners(
     row = blocks.row.to(torch.int32)
 
     def owner(visible: Tensor, tokens_per_block: int) -> Tensor:
-        return torch.where(visible, row.repeat_interleave(tokens_per_block), -1)
+        return torch.where(visible.unflatten(-1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
 
     of_text, of_sparse = owner(blocks.visible[None], pattern.block_size), None
     if sparse is not None:
@@ -380,19 +401,18 @@ def global_attention(
     """
     dtype = at_least_float32(query)
     query = query / math.sqrt(query.shape[-1])
-    row, length = blocks.segments()  # Z segments of I tokens
-    text_key, text_value = (x.unflatten(1, (-1, length)) for x in (text_key, text_value))  # (H, Z, I, ...)
-    scores = (query @ key.mT).to(dtype)  # (H, B, G, G)
-    text_scores = (text_key @ query[:, row].mT).mT.to(dtype)  # (H, Z, G, I); the other way round copies the keys
-    text_scores = text_scores.masked_fill(~blocks.visible.unflatten(0, (-1, 1, length)), -math.inf)
+    text_key, text_value = (blocks.segments(x, 1) for x in (text_key, text_value))  # (H, Z, I, ...)
+    scores = (query @ key.transpose(-1, -2)).to(dtype)  # (H, B, G, G)
+    # (H, Z, G, I); the other way round the keys would be copied
+    text_scores = (text_key @ blocks.spread(query).transpose(-1, -2)).transpose(-1, -2).to(dtype)
+    text_scores = text_scores.masked_fill(~blocks.segments(blocks.visible, 0)[:, None], -math.inf)
     with torch.no_grad():  # the softmax does not depend on what is subtracted
-        peak, text_peak = scores.amax(-1), text_scores.amax(-1)
-        peak = peak.scatter_reduce(1, row[None, :, None].expand_as(text_peak), text_peak, "amax")
+        peak = blocks.maximum(scores.amax(-1), text_scores.amax(-1))
     weights = (scores - peak[..., None]).exp()
-    text_weights = (text_scores - peak[:, row, :, None]).exp()
-    total = weights.sum(-1).index_add(1, row, text_weights.sum(-1))
+    text_weights = (text_scores - blocks.spread(peak)[..., None]).exp()
+    total = blocks.add(weights.sum(-1), text_weights.sum(-1))
     weights, text_weights = (F.dropout(x, dropout).to(value.dtype) for x in (weights, text_weights))
-    context = (weights @ value).to(dtype).index_add(1, row, (text_weights @ text_value).to(dtype))
+    context = blocks.add((weights @ value).to(dtype), (text_weights @ text_value).to(dtype))
     return (context / total[..., None]).to(value.dtype)
 
 
@@ -409,7 +429,8 @@ def lsg_attention(
     """LSG attention of a batch of rows; plain full attention when two blocks hold their text.
 
     Args:
-        query, key: (B, H, G + T, D). T is at most two blocks, or a multiple of the block size.
+        query, key: (B, H, G + T, D). T is at most two blocks, or a multiple of the block size, which it always is where
+            `is_exported`.
         value: (B, H, G + T, E).
         visible: (B, T) bool: which text tokens may be attended to.
         pattern, projections, implementation, dropout: as in `block_attention`.
@@ -417,7 +438,7 @@ def lsg_attention(
     Returns:
         The context, (B, H, G + T, E).
     """
-    if visible.shape[1] <= 2 * pattern.block_size:
+    if not is_exported() and visible.shape[1] <= 2 * pattern.block_size:
         seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
         bias = visibility_bias(seen_by_all, query.dtype)
         return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
@@ -439,6 +460,6 @@ def lsg_attention_map(
     identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
     columns = [
         lsg_attention(query, key, part.expand(*key.shape[:2], -1, -1), visible, pattern, projections, "eager")
-        for part in identity.split(MAP_COLUMNS, dim=1)
+        for part in ([identity] if is_exported() else identity.split(MAP_COLUMNS, dim=1))
     ]
     return torch.cat(columns, dim=-1)

@@ -18,6 +18,7 @@ class BlockList:
         visible: (N * W,) bool, which text tokens may be attended to.
         num_rows: B.
         row_length: T, tokens of text in a padded row; a multiple of W.
+        block_size: W.
         kept: (N,) long, the place of each block among all B * T / W blocks of the padded batch; None if all are here.
         blank: (N,) bool, which of the blocks that are here `unpack` fills with zeros; None for none.
     """
@@ -26,12 +27,9 @@ class BlockList:
     visible: Tensor
     num_rows: int
     row_length: int
+    block_size: int
     kept: Tensor | None = None
     blank: Tensor | None = None
-
-    @property
-    def block_size(self) -> int:
-        return self.visible.shape[0] // self.row.shape[0]
 
     def to(self, device: torch.device | str) -> "BlockList":
         """The same on another device. Accelerate calls it where a model's layers lie on several."""
@@ -40,28 +38,44 @@ class BlockList:
 
     def first_of_row(self) -> Tensor:
         """For each block the index of the first block of its row, (N,)."""
+        if self.kept is None:
+            return self.row * (self.row_length // self.block_size)
         return torch.searchsorted(self.row, self.row)
 
-    def segments(self) -> tuple[Tensor, int]:
-        """The longest runs of tokens of one row and one length: the row of each, and the length.
+    def segments(self, x: Tensor, dim: int) -> Tensor:
+        """Split the dimension of text tokens into the longest runs of one row and one length, Z of I tokens.
 
         Whole rows if all blocks are here, else the blocks.
         """
+        shape = (self.num_rows, self.row_length) if self.kept is None else (self.row.shape[0], self.block_size)
+        return x.unflatten(dim, shape)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What belongs to rows, for each of their segments: (H, B, ...) -> (H, Z, ...)."""
+        return x if self.kept is None else x[:, self.row]
+
+    def add(self, total: Tensor, x: Tensor) -> Tensor:
+        """Add what belongs to segments, (H, Z, ...), to that of their rows, (H, B, ...)."""
+        return total + x if self.kept is None else total.index_add(1, self.row, x)
+
+    def maximum(self, peak: Tensor, x: Tensor) -> Tensor:
+        """The largest of a row's value (H, B, G) and its segments' (H, Z, G)."""
         if self.kept is None:
-            return torch.arange(self.num_rows, device=self.row.device), self.row_length
-        return self.row, self.block_size
+            return torch.maximum(peak, x)
+        return peak.scatter_reduce(1, self.row[None, :, None].expand_as(x), x, "amax")
 
     def pack(self, x: Tensor) -> Tensor:
         """List the tokens of rows (B, G + T, ...): all global tokens, then all blocks; (B * G + N * W, ...)."""
-        of_globals, of_text = x.tensor_split([x.shape[1] - self.row_length], dim=1)
-        of_text = of_text.flatten(0, 1)
+        num_globals = x.shape[1] - self.row_length
+        of_globals, of_text = x[:, :num_globals], x[:, num_globals:].flatten(0, 1)
         if self.kept is not None:
             of_text = of_text.unflatten(0, (-1, self.block_size))[self.kept].flatten(0, 1)
         return torch.cat([of_globals.flatten(0, 1), of_text])
 
     def unpack(self, x: Tensor) -> Tensor:
         """The reverse of `pack`, with zeros for the tokens of blocks that are not here, or blank."""
-        of_globals, of_text = x.tensor_split([x.shape[0] - self.visible.shape[0]])
+        num_globals = x.shape[0] - self.visible.shape[0]
+        of_globals, of_text = x[:num_globals], x[num_globals:]
         of_blocks = of_text.unflatten(0, (-1, self.block_size))
         if self.kept is not None:
             all_blocks = of_blocks.new_zeros(self.num_rows * self.row_length // self.block_size, *of_blocks.shape[1:])
@@ -84,16 +98,17 @@ def list_blocks(visible: Tensor, block_size: int, padding: str = "keep") -> Bloc
     """
     num_rows, length = visible.shape
     blocks_per_row = length // block_size
-    row = torch.arange(num_rows, device=visible.device).repeat_interleave(blocks_per_row)
-    visible_blocks = visible.reshape(-1, block_size)
+    block = torch.arange(num_rows * blocks_per_row, device=visible.device)
+    row = block // blocks_per_row
+    sizes = num_rows, length, block_size
     if padding == "keep":
-        return BlockList(row, visible_blocks.flatten(), num_rows, length)
-    last = (visible * torch.arange(1, length + 1, device=visible.device)).amax(1, keepdim=True)
-    place = torch.arange(blocks_per_row, device=visible.device) * block_size
-    is_padding = ((place >= last) & (place > 0)).flatten()
+        return BlockList(row, visible.flatten(), *sizes)
+    last = (visible * torch.arange(1, length + 1, device=visible.device)).amax(1)
+    place = block % blocks_per_row * block_size
+    is_padding = (place >= last[row]) & (place > 0)
     if padding == "blank":
-        return BlockList(row, visible_blocks.flatten(), num_rows, length, blank=is_padding)
+        return BlockList(row, visible.flatten(), *sizes, blank=is_padding)
     if not is_padding.any():
-        return BlockList(row, visible_blocks.flatten(), num_rows, length)
+        return BlockList(row, visible.flatten(), *sizes)
     kept = is_padding.logical_not().nonzero().squeeze(1)
-    return BlockList(row[kept], visible_blocks[kept].flatten(), num_rows, length, kept)
+    return BlockList(row[kept], visible.reshape(-1, block_size)[kept].flatten(), *sizes, kept)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import block_attention, is_traced, lsg_attention, lsg_attention_map
+from .lsg_attention import block_attention, is_exported, is_traced, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
 from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached, find_cache, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
@@ -166,7 +166,7 @@ class LSGAlbertEmbeddings(nn.Module):
         """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
         text = self.embed_text(input_ids, token_type_ids, position_ids, inputs_embeds)
         global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=text.device))
-        global_tokens = global_tokens.to(text.dtype).expand(len(text), -1, -1)
+        global_tokens = global_tokens.to(text.dtype).expand(text.shape[0], -1, -1)
         return self.finish(torch.cat([global_tokens, text], dim=1))
 
     def embed_text(
@@ -271,21 +271,26 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         """The new states and the map; arguments as in `LSGAlbertAttention.forward`."""
         context, attention_map = self.attention(hidden_states, *args, **kwargs)
         size = self.chunk_size(hidden_states)
+        if size is None:
+            return self.feed_forward(self.attention.add_context(hidden_states, context)), attention_map
         chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
         states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
-        return states[0] if len(states) == 1 else torch.cat(states, dim=-2), attention_map
+        return torch.cat(states, dim=-2), attention_map
 
-    def chunk_size(self, hidden_states: Tensor) -> int:
-        """How many tokens to take at a time after the attention, where no token needs another.
+    def chunk_size(self, hidden_states: Tensor) -> int | None:
+        """How many tokens to take at a time after the attention, where no token needs another; None for all at once.
 
         As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
-        training: gradient checkpointing must compute what it did before, to the last bit.
+        training: gradient checkpointing must compute what it did before, to the last bit. An exported graph is for any
+        number of tokens, and so cannot say how many chunks there are.
         """
+        if is_exported():
+            return None
         if self.chunk_size_feed_forward:
             return self.chunk_size_feed_forward
-        num_tokens = hidden_states.shape[-2]
         if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
-            return num_tokens
+            return None
+        num_tokens = hidden_states.shape[-2]
         # Chunks of one size, about: a last one of a single token would read all weights for it.
         return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
 
@@ -351,7 +356,7 @@ class LSGAlbertEncoder(nn.Module):
         padding = self.adaptive_padding(length)
         embeddings = F.pad(embeddings, (0, 0, 0, padding))
         visible = F.pad(visible, (0, padding), value=False)
-        in_blocks = visible.shape[1] > 2 * self.pattern.block_size and not output_attentions
+        in_blocks = (is_exported() or visible.shape[1] > 2 * self.pattern.block_size) and not output_attentions
         if in_blocks:
             visible = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible))
             embeddings = visible.pack(embeddings)
@@ -360,18 +365,19 @@ class LSGAlbertEncoder(nn.Module):
         projections = iter(self.projections_of_calls())
         for group_index in self.group_of_layer():
             if output_hidden_states:
-                # Put together again, so that the part which is returned is what the next layer reads: it has a gradient.
                 rows = visible.unpack(states) if in_blocks else states
-                parts = rows.tensor_split([num_tokens - length, num_tokens], dim=1)
-                text_states.append(parts[1])
-                rows = torch.cat(parts, dim=1)
-                states = visible.pack(rows) if in_blocks else rows
+                text_states.append(first_tokens(rows, num_tokens)[:, num_tokens - length :])
+                if not is_exported():
+                    # Put together again, so that what is returned is what the next layer reads: it has a gradient.
+                    parts = rows[:, : num_tokens - length], text_states[-1], rows[:, num_tokens:]
+                    rows = torch.cat(parts, dim=1)
+                    states = visible.pack(rows) if in_blocks else rows
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
                 states, attention_map = layer(states, visible, self.pattern, next(projections), map_size)
                 attention_maps.append(attention_map)
         rows = visible.unpack(states) if in_blocks else states
-        return rows[:, :num_tokens], text_states, attention_maps
+        return first_tokens(rows, num_tokens), text_states, attention_maps
 
     def treatment_of_padding(self, visible: Tensor) -> str:
         """What `list_blocks` does with blocks of padding. How many there are depends on the data, which a compiler
@@ -388,7 +394,10 @@ class LSGAlbertEncoder(nn.Module):
             ValueError: some, but `adaptive` is False.
         """
         block_size = self.pattern.block_size
-        padding = -length % block_size if length > 2 * block_size else 0
+        padding = (length + block_size - 1) // block_size * block_size - length
+        if is_exported():  # a graph is one for all lengths: texts of up to two blocks go through blocks too
+            return padding
+        padding = padding if length > 2 * block_size else 0
         if padding and not self.config.adaptive:
             raise ValueError(
                 f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
@@ -427,6 +436,13 @@ class LSGAlbertEncoder(nn.Module):
             rounds = self.draw_projections()
         num_calls = self.config.num_hidden_layers * self.config.inner_group_num
         return [tuple(projections[call] for projections in rounds) for call in range(num_calls)]
+
+
+def first_tokens(x: Tensor, length: int) -> Tensor:
+    """The first of a row's tokens: (batch, tokens, ...) -> (batch, length, ...)."""
+    if is_exported():  # torch.export does not see that a length is at most what it is padded to, as a slice must know
+        return x[:, torch.arange(length, device=x.device)]
+    return x[:, :length]
 
 
 class LSGAlbertPreTrainedModel(PreTrainedModel):
@@ -619,12 +635,13 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
         visible = attention_mask.to(embeddings.device, torch.bool)
         if self.config.mask_first_token:
-            visible = F.pad(visible[:, 1:], (1, 0), value=False)
+            visible = visible & (torch.arange(length, device=visible.device) > 0)
         wants_states = output_hidden_states is not None and output_hidden_states is not False
         states, text_states, attention_maps = self.encoder(embeddings, visible, output_attentions, wants_states)
         global_states, last_state = states.tensor_split([self.encoder.pattern.num_global_tokens], dim=1)
         if self.config.pool_with_global:
-            last_state = torch.cat([global_states[:, :1], last_state[:, 1:]], dim=1)
+            is_first = torch.arange(length, device=last_state.device)[:, None] == 0
+            last_state = torch.where(is_first, global_states[:, :1], last_state)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(last_state[:, 0]))
         output = LSGAlbertModelOutput(
             last_hidden_state=last_state,
@@ -661,7 +678,7 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
 def has_other_than_0_and_1(mask: Tensor) -> bool:
     """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
     look would make the processor wait for the device."""
-    if not mask.is_floating_point() or mask.device.type == "meta" or torch.compiler.is_compiling():
+    if not mask.is_floating_point() or mask.device.type == "meta" or is_traced():
         return False
     return bool(((mask != 0) & (mask != 1)).any())
 
