@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_conversion_options(group: argparse._ArgumentGroup) -> None:
+def add_conversion_options(group: argparse.ArgumentParser) -> None:
     """What `convert_checkpoint` has of its own."""
     group.add_argument(
         "--max-length", type=int, default=4096, metavar="N", help="longest text, in tokens (%(default)s)"
@@ -104,7 +104,7 @@ def add_conversion_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mask-token-id", type=int, metavar="ID", help="token of the other global tokens")
 
 
-def add_lsg_parameters(group: argparse._ArgumentGroup) -> None:
+def add_lsg_parameters(group: argparse.ArgumentParser) -> None:
     """One option for each parameter that `LSGAlbertConfig` has and ALBERT has not. The class checks the values."""
     for name, parameter in lsg_parameters().items():
         flag, text = "--" + name.replace("_", "-"), describe(name)
@@ -144,7 +144,7 @@ def describe(name: str) -> str:
     return " ".join(found[1].split()).rstrip(".").replace("`", "").replace("%", "%%") if found else ""
 
 
-def add_place_options(group: argparse._ArgumentGroup) -> None:
+def add_place_options(group: argparse.ArgumentParser) -> None:
     """Where things come from and go."""
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a source on the Hub")
     group.add_argument("--token", help="for the Hub; by default the one that you are logged in with")

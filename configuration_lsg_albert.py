@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from .lsg_compat import CACHE_NAMES
+
 logger = logging.get_logger(__name__)
 
 SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
@@ -152,7 +154,7 @@ class LSGAlbertConfig(PretrainedConfig):
     """
 
     model_type = "albert"
-    keys_to_ignore_at_inference = ["past_key_values"]  # `Trainer` collects all other outputs
+    keys_to_ignore_at_inference = [*CACHE_NAMES]  # `Trainer` collects all other outputs
     attribute_map = {"lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 
     def __init__(

@@ -55,8 +55,8 @@ def attention_gradients(
         return torch.autograd.grad(context, inputs, grad_context)
     query = query / math.sqrt(query.shape[-1])
     weights = (query @ key.mT).add_(bias).softmax(-1)
-    grad_weights = grad_context @ value.mT
-    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_scores = (grad_context @ value.mT).mul_(weights)
+    grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)  # the softmax's own gradient
     grad_query = grad_scores @ key / math.sqrt(query.shape[-1])
     return grad_query, grad_scores.mT @ query, weights.mT @ grad_context
 

@@ -1,10 +1,18 @@
 """What differs between the releases of transformers, in one place."""
 
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+# The cache has the same place in the outputs of all releases. Its name changed from `past_key_values` in 5.24.
+CACHE_FIELD = fields(Seq2SeqLMOutput)[2].name
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_FIELD, "cache", "past_key_values")))
 
 # Before 4.53 transformers has no such class; its models call the checkpointing function themselves.
 try:
@@ -22,38 +30,53 @@ except ImportError:
             return super().__call__(*args, **kwargs)
 
 
-def as_encoder_decoder_cache(past_key_values: Any) -> EncoderDecoderCache:
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the layers of a model forget their activations in training and compute them again."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second until 5.23
+    return getattr(model, next(name for name in names if hasattr(type(model), name)))
+
+
+def find_cache(arguments: Iterable[Any]) -> Cache | None:
+    """The cache among the arguments of a step of `generate`, whatever its name; None where there is none.
+
+    A caller's own cache may stand beside an empty one that `generate` made: the longest is taken.
+    """
+    caches = [argument for argument in arguments if isinstance(argument, Cache)]
+    return max(caches, key=lambda cache: cache.get_seq_length(), default=None)
+
+
+def as_encoder_decoder_cache(cache: Any) -> EncoderDecoderCache:
     """A cache with a part for self-attention and one for cross-attention, from whatever a caller may pass.
 
     Args:
-        past_key_values: None for an empty cache; an `EncoderDecoderCache`, which is returned itself; a `DynamicCache`
-            for the self-attention alone; or, on transformers 4, the tuples that its `to_legacy_cache` makes.
+        cache: None for an empty cache; an `EncoderDecoderCache`, which is returned itself; a `DynamicCache` for the
+            self-attention alone; or, on transformers 4, the tuples that its `to_legacy_cache` makes.
 
     Raises:
         ValueError: it is none of these. Caches of a fixed size are not supported.
     """
-    if past_key_values is None:
+    if cache is None:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
-    if isinstance(past_key_values, (tuple, list)) and hasattr(EncoderDecoderCache, "from_legacy_cache"):
-        return EncoderDecoderCache.from_legacy_cache(past_key_values)
-    if isinstance(past_key_values, DynamicCache):
-        return EncoderDecoderCache(past_key_values, DynamicCache())
-    if isinstance(past_key_values, EncoderDecoderCache):
-        parts = (past_key_values.self_attention_cache, past_key_values.cross_attention_cache)
+    if isinstance(cache, (tuple, list)) and hasattr(EncoderDecoderCache, "from_legacy_cache"):
+        return EncoderDecoderCache.from_legacy_cache(cache)
+    if isinstance(cache, DynamicCache):
+        return EncoderDecoderCache(cache, DynamicCache())
+    if isinstance(cache, EncoderDecoderCache):
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
         if all(isinstance(part, DynamicCache) for part in parts):
-            return past_key_values
+            return cache
     raise ValueError(
-        "`past_key_values` must be an `EncoderDecoderCache` of two `DynamicCache`, as this model returns it, got "
-        f"{type(past_key_values).__name__}. In `generate`, leave `cache_implementation` out."
+        "`cache` (or `past_key_values`) must be an `EncoderDecoderCache` of two `DynamicCache`, as this model returns "
+        f"it, got {type(cache).__name__}. In `generate`, leave `cache_implementation` out."
     )
 
 
-def make_room(cache: DynamicCache, num_entries: int) -> None:
-    """Let a cache take `num_entries` entries. `generate` of transformers 5 makes it with `num_hidden_layers`, but a
-    layer of several inner ones needs more."""
-    entries = getattr(cache, "layers", [])  # there is no such list before 4.54, where a cache grows by itself
-    while 0 < len(entries) < num_entries:
-        entries.append(type(entries[0])())
+def extend_cache(cache: DynamicCache, num_entries: int) -> None:
+    """Let an empty cache take `num_entries` entries. `generate` of transformers 5 makes a cache of exactly
+    `num_hidden_layers`, but a layer of several inner ones needs more."""
+    entries = getattr(cache, "layers", None)  # a cache without such a list, or with an empty one, grows by itself
+    if entries and cache.get_seq_length() == 0:
+        entries.extend(deepcopy(entries[-1]) for _ in range(num_entries - len(entries)))
 
 
 def cached(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor] | None:

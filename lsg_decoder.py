@@ -14,7 +14,7 @@ from transformers import EncoderDecoderCache
 
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation
 from .lsg_attention import ATTENTION_FUNCTIONS, eager_attention, visibility_bias
-from .lsg_compat import GradientCheckpointingLayer, cached, make_room
+from .lsg_compat import GradientCheckpointingLayer, cached, extend_cache
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -259,8 +259,8 @@ class LSGAlbertDecoder(nn.Module):
         needs them. Those of the others hold one token in their place: transformers expects an entry for every layer.
         """
         if cache is not None:
-            make_room(cache.self_attention_cache, len(calls))
-            make_room(cache.cross_attention_cache, len(calls))
+            extend_cache(cache.self_attention_cache, len(calls))
+            extend_cache(cache.cross_attention_cache, len(calls))
         known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for index, (group, inner) in enumerate(calls):
             is_first = (group, inner) not in known
@@ -270,7 +270,6 @@ class LSGAlbertDecoder(nn.Module):
             if cache is not None and entry is None:
                 held = (x if is_first else x[:, :, :1] for x in known[group, inner])
                 cache.cross_attention_cache.update(*held, index)
-                cache.is_updated[index] = True
         return known
 
     @torch.no_grad()

@@ -25,18 +25,18 @@ from transformers.utils import ModelOutput, logging
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
 from .lsg_attention import block_attention, is_traced, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
-from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached
+from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached, find_cache, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_flex import check_no_dropout
 from .lsg_sparsity import LSGPattern, hash_projections
 
 logger = logging.get_logger(__name__)
 
-# What `generate` hands on from step to step for the encoder, or for itself, and not for the decoder.
-_USED_BY_GENERATE = {
-    "inputs_embeds", "token_type_ids", "position_ids", "labels",
-    "cache_position", "next_sequence_length", "is_first_iteration",
-}  # fmt: skip
+# What a decoding step needs of all that `generate` hands from step to step. The last is refused by `forward`.
+DECODING_ARGUMENTS = (
+    "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
+    "output_hidden_states", "decoder_inputs_embeds",
+)  # fmt: skip
 
 CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
 
@@ -116,12 +116,29 @@ def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
     )
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The tanh-GELU of a linear layer by oneDNN's fused kernel, an operator of torch that is not public."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+
+
 @cache
 def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that this build of torch and this processor have the fused kernel for."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    """The dtypes for which `linear_gelu` works with this build of torch and is fast on this processor: tried once."""
+    usable = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = (torch.linspace(-2, 2, n, dtype=dtype) for n in (32, 128, 8))
+        x, weight = x.view(4, 8, 1).expand(4, 8, 16).contiguous(), weight.view(8, 16)
+        try:
+            if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                continue
+            fused = linear_gelu(x, weight, bias)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # this build has no such operator
+            continue
+        plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        tolerance = 100 * torch.finfo(dtype).eps
+        if fused.dtype == dtype and torch.allclose(fused, plain, rtol=tolerance, atol=tolerance):
+            usable.append(dtype)
+    return tuple(usable)
 
 
 class LSGAlbertEmbeddings(nn.Module):
@@ -275,8 +292,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
         if self.is_tanh_gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
-            weights = self.ffn.weight, self.ffn.bias
-            activated = torch.ops.mkldnn._linear_pointwise(hidden_states, *weights, "gelu", [], "tanh")
+            activated = linear_gelu(hidden_states, self.ffn.weight, self.ffn.bias)
         else:
             activated = self.activation(self.ffn(hidden_states))
         output = self.ffn_output(activated)
@@ -486,7 +502,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`{name}` has the length 0: give at least one token.")
         limit = self.config.max_position_embeddings
         if past_length + length > limit:
-            before = f" behind the {past_length} in `past_key_values`" if past_length else ""
+            before = f" behind the {past_length} in the cache" if past_length else ""
             raise ValueError(
                 f"`{name}` has {length} tokens{before}, but `max_position_embeddings` is {limit}. Truncate the text "
                 "(`truncation=True, max_length=...` in the tokenizer; a smaller `max_length` in `generate`), or convert "
@@ -861,18 +877,20 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         """Labels (batch, length), -100 where there is none -> the decoder's inputs (batch, length)."""
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The arguments of `forward` for one step of `generate`: the decoder's tokens `input_ids` (batch, length) that
-        are not in the cache yet, or the last where only new ones are given, and the encoder's outputs in place of its
-        inputs."""
-        if past_key_values is not None:
-            past_key_values = as_encoder_decoder_cache(past_key_values)
-            num_new = input_ids.shape[1] - past_key_values.self_attention_cache.get_seq_length()
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of `forward` for one step of `generate`.
+
+        They are the decoder's tokens `input_ids` (batch, length) that are not in the cache yet, or the last where only
+        new ones are given; the cache, found by its type among `kwargs`, since its name differs between releases; and
+        those of `kwargs` that a decoding step needs. All others are for the encoder, or for `generate` itself.
+        """
+        cache = find_cache(kwargs.values())
+        if cache is not None:
+            cache = as_encoder_decoder_cache(cache)
+            num_new = input_ids.shape[1] - cache.self_attention_cache.get_seq_length()
             input_ids = input_ids[:, -max(1, num_new) :].contiguous()
-        forwarded = {name: value for name, value in kwargs.items() if name not in _USED_BY_GENERATE}
-        return {**forwarded, "decoder_input_ids": input_ids, "past_key_values": past_key_values}
+        needed = {name: kwargs[name] for name in DECODING_ARGUMENTS if name in kwargs}
+        return {**needed, "decoder_input_ids": input_ids, "cache": cache}
 
     def forward(
         self,
@@ -891,27 +909,29 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         return_dict: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: Any = None,
     ) -> tuple | Seq2SeqLMOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds, token_type_ids, position_ids (*optional*):
                 The encoder's inputs, as in [`LSGAlbertModel`].
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
-                The decoder's tokens, behind those in `past_key_values`. By default `labels`, or else `input_ids`, one
+                The decoder's tokens, behind those in `cache`. By default `labels`, or else `input_ids`, one
                 place to the right behind `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`, *optional*):
                 1 for real tokens of the decoder, 0 for padding, which may stand on either side.
             encoder_outputs (`LSGAlbertModelOutput` or `tuple`, *optional*):
                 What the encoder returned, in place of its inputs. `attention_mask` still says what is padding.
-            past_key_values (`EncoderDecoderCache`, *optional*):
-                Keys and values of the tokens before, as returned. Where it holds those of the encoder's states,
-                neither the encoder's inputs nor its outputs are needed.
+            cache, past_key_values (`EncoderDecoderCache`, *optional*):
+                Keys and values of the tokens before, as returned, under either name. Where they include those of the
+                encoder's states, neither the encoder's inputs nor its outputs are needed.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, embedding_size)`, *optional*):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Ids that the decoder is to predict, -100 where there is none.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`; never with labels or in training with gradient checkpointing.
+                Whether to return the cache: as `cache` from transformers 5.24 on, and as `past_key_values` before. It
+                is never returned with labels, or in training with gradient checkpointing.
             output_attentions, output_hidden_states, return_dict (*optional*):
                 As in [`LSGAlbertModel`], for both encoder and decoder. The maps of cross-attention have a column for
                 each global token first, with `pass_global_tokens_to_decoder`.
@@ -923,11 +943,14 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+        cache = past_key_values if cache is None else cache
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
-        if use_cache and self.training and self.decoder.layer.gradient_checkpointing:
+        if use_cache and self.training and is_checkpointing(self):
             logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
             use_cache = False
-        cache = as_encoder_decoder_cache(past_key_values) if use_cache or past_key_values is not None else None
+        cache = as_encoder_decoder_cache(cache) if use_cache or cache is not None else None
         cached_states = None if cache is None else cached(cache.cross_attention_cache, 0)
 
         if encoder_outputs is not None:
@@ -956,9 +979,9 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         logits = self.predictions(states)
         encoder_outputs = encoder_outputs or LSGAlbertModelOutput()
         output = Seq2SeqLMOutput(
-            loss=None if labels is None else token_loss(logits, labels),
-            logits=logits,
-            past_key_values=cache if use_cache else None,
+            None if labels is None else token_loss(logits, labels),
+            logits,
+            cache if use_cache else None,  # by its place, which is the same in all releases
             decoder_hidden_states=select_states([*all_states, states], output_hidden_states),
             decoder_attentions=tuple(self_maps) if output_attentions else None,
             cross_attentions=tuple(cross_maps) if output_attentions else None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -10,8 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import ModelOutput
+
+from lsg_albert.lsg_compat import CACHE_FIELD
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
@@ -36,6 +41,27 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# What releases of transformers name differently. Newer names come first; older ones are announced as going.
+
+
+def cache_of(output: ModelOutput) -> Any:
+    """The cache in what a model or `generate` returned."""
+    return getattr(output, CACHE_FIELD)
+
+
+def checkpoint_activations(model: PreTrainedModel, **kwargs: Any) -> None:
+    """Let a model's layers compute their activations again; keywords are those of `torch.utils.checkpoint`."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model, next(name for name in names if hasattr(model, name)))(kwargs or None)
+
+
+def checkpointing_arguments(**kwargs: Any) -> dict[str, Any]:
+    """The training arguments that ask for the same."""
+    known = inspect.signature(TrainingArguments).parameters
+    name = next(f"{kind}_checkpointing" for kind in ("activation", "gradient") if f"{kind}_checkpointing" in known)
+    return {name: True, **({f"{name}_kwargs": kwargs} if kwargs else {})}
 
 
 def write_repository(folder: Path, model: PreTrainedModel) -> Path:

@@ -17,7 +17,7 @@ from transformers import (
     pipeline,
 )
 
-from helpers import ROOT, logged_warnings, write_repository
+from helpers import ROOT, checkpointing_arguments, logged_warnings, write_repository
 from lsg_albert import (
     LSGAlbertForMaskedLM,
     LSGAlbertForPreTraining,
@@ -26,6 +26,7 @@ from lsg_albert import (
     LSGAlbertForTokenClassification,
     LSGAlbertModel,
 )
+from lsg_albert.lsg_compat import is_checkpointing
 
 VOCAB = 16000  # of the root's tokenizer
 
@@ -244,15 +245,14 @@ def test_classifier_is_evaluated_and_the_best_checkpoint_is_loaded(make_classifi
 def test_gradient_checkpointing_trains_the_same(make_classifier, tokenizer, train, sparsity_type, use_reentrant):
     trained = []
     for checkpointing in (False, True):
-        options = {"gradient_checkpointing": checkpointing}
-        if use_reentrant is not None:
-            options["gradient_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+        kwargs = {} if use_reentrant is None else {"use_reentrant": use_reentrant}
+        options = checkpointing_arguments(**kwargs) if checkpointing else {}
         trainer = train(
             make_classifier(sparsity_type=sparsity_type), texts(labels=parity), max_steps=2, **options,
             trainer_data_collator=DataCollatorWithPadding(tokenizer),
         )  # fmt: skip
         trainer.train()
-        assert trainer.model.is_gradient_checkpointing == checkpointing
+        assert is_checkpointing(trainer.model) == checkpointing
         trained.append(trainer.model)
     # AdamW divides by the root of a mean square: a rounding difference in a gradient near zero grows.
     assert_same_weights(*trained, atol=1e-4)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lsg_albert
+from helpers import checkpoint_activations
 from lsg_albert.lsg_blocks import list_blocks
 from lsg_albert.modeling_lsg_albert import LSGAlbertForMaskedLM, LSGAlbertModel
 
@@ -117,7 +118,7 @@ def test_losses_and_gradients_in_training_are_those_of_padding(tiny_config, head
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0}
     model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(**no_dropout)).double().train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
     inputs = ragged_inputs()
     labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 2, -100)
     if head == "ForSequenceClassification":

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 import lsg_albert
 from conftest import TINY
+from helpers import checkpoint_activations
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.lsg_compat import is_checkpointing
 from lsg_albert.modeling_lsg_albert import select_states
 from oracle import oracle_encoder
 
@@ -410,8 +412,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, sparsity_t
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    assert model.is_gradient_checkpointing
+    checkpoint_activations(model, use_reentrant=use_reentrant)
+    assert is_checkpointing(model)
     calls = []
     layer = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
     layer.attention.register_forward_hook(lambda *_: calls.append(1))

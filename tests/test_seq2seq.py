@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import lsg_albert
 from conftest import TINY
-from helpers import logged_warnings
+from helpers import cache_of, checkpoint_activations, logged_warnings
 from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM
 from lsg_albert.convert_albert_to_lsg import convert_state_dict
 from lsg_albert.lsg_compat import as_encoder_decoder_cache, cached
@@ -198,7 +198,7 @@ def test_loss_is_the_cross_entropy_of_unshifted_labels(model):
     output = model(**inputs, labels=labels)
     expected = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(output.loss, expected)
-    assert output.past_key_values is None
+    assert cache_of(output) is None
     torch.testing.assert_close(output.logits, model(**inputs).logits)
 
 
@@ -321,7 +321,7 @@ def test_rows_of_a_batch_do_not_meet(model):
 # Caches
 
 
-def decode_in_parts(model, inputs, parts, past_key_values=None):
+def decode_in_parts(model, inputs, parts, cache=None):
     """The logits of a decoder that reads its tokens in parts of those lengths, with what the encoder returned once."""
     inputs = dict(inputs)
     encoder_inputs = (inputs.pop("input_ids"), inputs["attention_mask"])
@@ -336,12 +336,12 @@ def decode_in_parts(model, inputs, parts, past_key_values=None):
             **inputs,
             encoder_outputs=encoder_outputs,
             decoder_input_ids=tokens[:, done - part : done],
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=True,
         )
-        past_key_values = output.past_key_values
+        cache = cache_of(output)
         logits.append(output.logits)
-    return torch.cat(logits, dim=1), past_key_values
+    return torch.cat(logits, dim=1), cache
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -354,7 +354,7 @@ def test_cached_and_uncached_logits_agree(tiny_config, groups, padding):
         inputs["decoder_attention_mask"] = torch.ones(2, 7)
         inputs["decoder_attention_mask"][0, slice(3) if padding == "left" else slice(4, None)] = 0
     expected = model(**inputs, use_cache=False)
-    assert expected.past_key_values is None
+    assert cache_of(expected) is None
     for parts in ([1] * 7, [3, 1, 1, 2], [7], [1, 6]):
         actual, cache = decode_in_parts(model, inputs, parts)
         torch.testing.assert_close(actual, expected.logits, rtol=1e-5, atol=1e-5)
@@ -376,7 +376,7 @@ def test_cache_that_was_cropped_goes_on_from_there(model):
     rest = model(
         attention_mask=inputs["attention_mask"],
         decoder_input_ids=inputs["decoder_input_ids"][:, 4:],
-        past_key_values=cache,
+        cache=cache,
     )
     torch.testing.assert_close(rest.logits, expected[:, 4:], rtol=1e-5, atol=1e-5)
 
@@ -386,12 +386,12 @@ def test_reordered_cache_is_that_of_the_reordered_batch(model):
     order = torch.tensor([2, 0, 0])
     expected = model(**{name: tensor[order] for name, tensor in inputs.items()}).logits[:, -1]
     tokens = inputs.pop("decoder_input_ids")
-    cache = model(**inputs, decoder_input_ids=tokens[:, :4]).past_key_values
+    cache = cache_of(model(**inputs, decoder_input_ids=tokens[:, :4]))
     cache.reorder_cache(order)
     output = model(
         attention_mask=inputs["attention_mask"][order],
         decoder_input_ids=tokens[order, 4:],
-        past_key_values=cache,
+        cache=cache,
     )
     torch.testing.assert_close(output.logits[:, -1], expected, rtol=1e-5, atol=1e-5)
 
@@ -401,25 +401,38 @@ def test_caches_of_every_kind_are_taken(model):
     inputs = random_inputs(target_length=5)
     expected = model(**inputs).logits[:, -1:]
     tokens = inputs.pop("decoder_input_ids")
-    cache = model(**inputs, decoder_input_ids=tokens[:, :4]).past_key_values
+    cache = cache_of(model(**inputs, decoder_input_ids=tokens[:, :4]))
     ways = {"whole": copy.deepcopy(cache), "self-attention alone": copy.deepcopy(cache.self_attention_cache)}
     if hasattr(cache, "to_legacy_cache"):
         ways["legacy"] = cache.to_legacy_cache()
         assert len(ways["legacy"]) == len(cache)
-    for way, past_key_values in ways.items():
-        output = model(**inputs, decoder_input_ids=tokens[:, 4:], past_key_values=past_key_values)
+    for way, cache in ways.items():
+        output = model(**inputs, decoder_input_ids=tokens[:, 4:], cache=cache)
         torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5, msg=lambda m, w=way: f"{w}: {m}")
-        assert len(cached(output.past_key_values.self_attention_cache, 1)[0][0, 0]) == 5
+        assert len(cached(cache_of(output).self_attention_cache, 1)[0][0, 0]) == 5
     empty = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    assert model(**inputs, decoder_input_ids=tokens, past_key_values=empty).past_key_values is empty
+    assert cache_of(model(**inputs, decoder_input_ids=tokens, cache=empty)) is empty
     with pytest.raises(ValueError, match="`EncoderDecoderCache`.*got dict"):
-        model(**inputs, decoder_input_ids=tokens, past_key_values={})
+        model(**inputs, decoder_input_ids=tokens, cache={})
     assert as_encoder_decoder_cache(empty) is empty
+
+
+@torch.no_grad()
+def test_cache_is_taken_under_either_name_but_not_under_both(model):
+    inputs = random_inputs(target_length=5)
+    tokens = inputs.pop("decoder_input_ids")
+    logits = []
+    for name in ("cache", "past_key_values"):
+        cache = cache_of(model(**inputs, decoder_input_ids=tokens[:, :4]))
+        logits.append(model(**inputs, decoder_input_ids=tokens[:, 4:], **{name: cache}).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        model(**inputs, decoder_input_ids=tokens, cache=cache, past_key_values=cache)
 
 
 def test_next_token_costs_no_encoder_and_no_keys_again(model):
     inputs = random_inputs()
-    cache = model(**inputs).past_key_values
+    cache = cache_of(model(**inputs))
     calls, cross_attention = [], model.decoder.cross_attentions[0][0]
     modules = {
         "encoder": model.albert.encoder, "keys": cross_attention.key, "values": cross_attention.value,
@@ -427,27 +440,41 @@ def test_next_token_costs_no_encoder_and_no_keys_again(model):
     }  # fmt: skip
     for name, module in modules.items():
         module.register_forward_hook(lambda _, args, __, name=name: calls.append((name, args[0].shape[1])))
-    output = model(
-        attention_mask=inputs["attention_mask"], decoder_input_ids=torch.tensor([[7], [8]]), past_key_values=cache
-    )
+    output = model(attention_mask=inputs["attention_mask"], decoder_input_ids=torch.tensor([[7], [8]]), cache=cache)
     assert calls == [("words", 1), ("layer", 1), ("layer", 1)]
     assert output.logits.shape == (2, 1, 120) and output.encoder_last_hidden_state is None
 
 
-def test_generate_is_told_what_is_not_in_the_cache_yet(model):
+def test_a_decoding_step_gets_what_it_needs_and_nothing_else(model):
     inputs = random_inputs(target_length=5)
     tokens, encoder_outputs = inputs["decoder_input_ids"], model.get_encoder()(inputs["input_ids"])
-    cache = model(**inputs).past_key_values
+    cache = cache_of(model(**inputs))
     given = {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"], "use_cache": True}
-    used_up = {"token_type_ids": tokens, "cache_position": torch.arange(5), "is_first_iteration": False}
+    used_up = {"token_type_ids": tokens, "cache_position": torch.arange(5), "is_first_iteration": False, "new": 1}
     longer = torch.cat([tokens, tokens[:, :2]], dim=1)
-    step = model.prepare_inputs_for_generation(longer, past_key_values=cache, anything="else", **given, **used_up)
-    assert step.keys() == {*given, "decoder_input_ids", "past_key_values", "anything"}
-    assert torch.equal(step["decoder_input_ids"], tokens[:, :2]) and step["past_key_values"] is cache
-    only_new = model.prepare_inputs_for_generation(tokens[:, :1], past_key_values=cache, **given)
+    step = model.prepare_inputs_for_generation(longer, cache=cache, **given, **used_up)
+    assert step.keys() == {*given, "decoder_input_ids", "cache"}
+    assert torch.equal(step["decoder_input_ids"], tokens[:, :2]) and step["cache"] is cache
+    only_new = model.prepare_inputs_for_generation(tokens[:, :1], cache=cache, **given)
     assert torch.equal(only_new["decoder_input_ids"], tokens[:, :1])
     first = model.prepare_inputs_for_generation(tokens, **given)
-    assert torch.equal(first["decoder_input_ids"], tokens) and first["past_key_values"] is None
+    assert torch.equal(first["decoder_input_ids"], tokens) and first["cache"] is None
+
+
+def test_generate_may_call_the_cache_what_it_likes(model):
+    """What 5.24 did to `past_key_values`, the next release may do to `cache`."""
+    inputs = random_inputs(target_length=5)
+    tokens, cache = inputs["decoder_input_ids"], cache_of(model(**inputs))
+    longer = torch.cat([tokens, tokens[:, :1]], dim=1)
+    for caches in (
+        {"an_invented_name": cache},
+        {"self_attention": cache.self_attention_cache},
+        {"of_the_caller": cache, "of_generate": EncoderDecoderCache(DynamicCache(), DynamicCache())},
+        {"of_generate": EncoderDecoderCache(DynamicCache(), DynamicCache()), "of_the_caller": cache},
+    ):
+        step = model.prepare_inputs_for_generation(longer, **caches, attention_mask=inputs["attention_mask"])
+        assert step["cache"].self_attention_cache is cache.self_attention_cache
+        assert torch.equal(step["decoder_input_ids"], longer[:, -1:])
 
 
 # Configurations
@@ -635,7 +662,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, use_reentr
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     calls = []
     shared = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
     shared.attention.query.register_forward_hook(lambda *_: calls.append(1))
@@ -645,12 +672,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_config, use_reentr
 
 
 def test_gradient_checkpointing_gives_up_the_cache_in_training_only(model):
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     with logged_warnings() as messages:
-        assert model.train()(**random_inputs()).past_key_values is None
-        assert model(**random_inputs()).past_key_values is None
+        assert cache_of(model.train()(**random_inputs())) is None
+        assert cache_of(model(**random_inputs())) is None
     assert len([message for message in messages if "use_cache" in message]) == 1
-    assert model.eval()(**random_inputs()).past_key_values is not None
+    assert cache_of(model.eval()(**random_inputs())) is not None
 
 
 def test_dropout_acts_in_training_only(tiny_config):
@@ -791,7 +818,8 @@ IDS = torch.full((2, 9), 7)
         ),
         ({"decoder_input_ids": IDS, "decoder_attention_mask": torch.full((2, 9), -1e4)}, "hold 1 for real"),
         ({"attention_mask": torch.ones(1, 9)}, r"`attention_mask` must have .* = \(2, 9\)"),
-        ({"past_key_values": 3}, "`past_key_values` must be .* got int"),
+        ({"past_key_values": 3}, "`cache` .or `past_key_values`. must be .* got int"),
+        ({"cache": 3}, "`cache` .or `past_key_values`. must be .* got int"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
@@ -814,16 +842,16 @@ def test_outputs_of_another_encoder_are_named(model):
 
 def test_cache_of_another_batch_or_at_its_end_is_named(tiny_config):
     model = make(tiny_config(max_position_embeddings=12))
-    cache = model(IDS, decoder_input_ids=IDS).past_key_values
+    cache = cache_of(model(IDS, decoder_input_ids=IDS))
     with pytest.raises(ValueError, match="a batch of 1, but that of the encoder is 2"):
-        model(decoder_input_ids=IDS[:1, :1], past_key_values=cache)
+        model(decoder_input_ids=IDS[:1, :1], cache=cache)
     with pytest.raises(ValueError, match="The decoder has no inputs"):
-        model(IDS, past_key_values=cache)
-    with pytest.raises(ValueError, match="4 tokens behind the 9 in `past_key_values`.* is 12"):
-        model(decoder_input_ids=IDS[:, :4], past_key_values=cache)
+        model(IDS, cache=cache)
+    with pytest.raises(ValueError, match="4 tokens behind the 9 in the cache.* is 12"):
+        model(decoder_input_ids=IDS[:, :4], cache=cache)
     with pytest.raises(ValueError, match=r"`decoder_attention_mask` must have .*\(2, 10\)"):
-        model(decoder_input_ids=IDS[:, :1], decoder_attention_mask=torch.ones(2, 1), past_key_values=cache)
-    with pytest.raises(ValueError, match="1 tokens behind the 12 in `past_key_values`.* is 12.*`generate`"):
+        model(decoder_input_ids=IDS[:, :1], decoder_attention_mask=torch.ones(2, 1), cache=cache)
+    with pytest.raises(ValueError, match="1 tokens behind the 12 in the cache.* is 12.*`generate`"):
         model.generate(IDS, max_new_tokens=20, eos_token_id=119, pad_token_id=0, min_new_tokens=20)
 
 
@@ -837,10 +865,10 @@ def test_unknown_arguments_are_named(model):
 
 
 def test_attention_that_is_not_there_is_named_while_decoding(model):
-    cache = model(IDS, decoder_input_ids=IDS).past_key_values
+    cache = cache_of(model(IDS, decoder_input_ids=IDS))
     model.config._attn_implementation = "flax_attention"
     with pytest.raises(ValueError, match="flax_attention.*sdpa.*eager"):
-        model(decoder_input_ids=IDS, past_key_values=cache)
+        model(decoder_input_ids=IDS, cache=cache)
 
 
 def test_caches_of_a_fixed_size_are_refused(model):
@@ -851,4 +879,4 @@ def test_caches_of_a_fixed_size_are_refused(model):
     cache.self_attention_cache = StaticCache.__new__(StaticCache)
     cache.cross_attention_cache = DynamicCache()
     with pytest.raises(ValueError, match="two `DynamicCache`.*got EncoderDecoderCache.*`cache_implementation`"):
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)

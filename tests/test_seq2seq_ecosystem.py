@@ -1,5 +1,6 @@
 """Generation, training and loading of the sequence-to-sequence model as transformers' users do it."""
 
+import inspect
 import itertools
 
 import pytest
@@ -10,14 +11,24 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     EncoderDecoderCache,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainingArguments,
     pipeline,
 )
 
-from helpers import ROOT, logged_warnings, run_in_new_process, write_repository
+from helpers import (
+    ROOT,
+    cache_of,
+    checkpointing_arguments,
+    logged_warnings,
+    run_in_new_process,
+    write_repository,
+)  # fmt: skip
 from lsg_albert import LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM
+from lsg_albert.lsg_compat import CACHE_FIELD
 
 TRANSFORMERS = Version(transformers.__version__)
 VOCAB = 16000  # of the root's tokenizer
@@ -185,7 +196,7 @@ def test_generation_goes_on_from_the_cache_that_it_returned(model, inputs):
     whole = model.generate(**inputs, max_new_tokens=7, min_new_tokens=7)
     first = model.generate(**inputs, max_new_tokens=4, **{**options, "min_new_tokens": 4})
     rest = model.generate(
-        **inputs, decoder_input_ids=first.sequences, past_key_values=first.past_key_values,
+        **inputs, decoder_input_ids=first.sequences, **{CACHE_FIELD: cache_of(first)},
         max_new_tokens=3, **{**options, "min_new_tokens": 3},
     )  # fmt: skip
     assert torch.equal(rest.sequences, whole)
@@ -203,7 +214,7 @@ def test_all_that_generate_can_return_has_its_shape(model, inputs):
         assert [x.shape for x in output.decoder_hidden_states[step]] == [(6, 1, 32)] * 3
     assert [x.shape for x in output.encoder_hidden_states] == [(3, 45, 32)] * 3
     assert [x.shape for x in output.encoder_attentions] == [(3, 4, 46, 46)] * 2
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert isinstance(cache, EncoderDecoderCache) or (TRANSFORMERS < Version("4.50") and isinstance(cache, tuple))
     assert len(cache) == 2
 
@@ -223,9 +234,19 @@ def test_contrastive_search_runs_and_ends(model, inputs):
     assert tokens.shape == (3, 7)
 
 
+def test_generation_ends_at_a_string(tiny_config, tokenizer):
+    """`generate` then hands the tokenizer from step to step, which is no input of the model."""
+    model = make(tiny_config(vocab_size=VOCAB))
+    batch = tokenizer("The ship is old.", return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=12, min_new_tokens=12)
+    stop = tokenizer.decode(tokens[0, 4:6])
+    stopped = model.generate(**batch, max_new_tokens=12, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped.shape[1] < 13 and torch.equal(stopped[0], tokens[0, : stopped.shape[1]])
+
+
 def test_generation_past_the_last_position_is_named(tiny_config):
     model = make(tiny_config(vocab_size=20, max_position_embeddings=12))
-    with pytest.raises(ValueError, match="behind the 12 in `past_key_values`.*`max_position_embeddings` is 12"):
+    with pytest.raises(ValueError, match="behind the 12 in the cache.*`max_position_embeddings` is 12"):
         model.generate(torch.ones(1, 9).long(), max_new_tokens=20, min_new_tokens=20)
 
 
@@ -287,6 +308,18 @@ def test_trainer_learns_generates_and_saves_a_repository(tiny_config, tokenizer,
     assert loaded.generate(**batch, max_new_tokens=4).shape[1] <= 5
 
 
+def test_trainer_predicts_without_labels_although_a_cache_is_returned(tiny_config, tokenizer, train):
+    model = LSGAlbertForConditionalGeneration(tiny_config(vocab_size=VOCAB))
+    in_args = {"use_cache": True} if "use_cache" in inspect.signature(TrainingArguments).parameters else {}
+    data = [{name: x for name, x in example.items() if name != "labels"} for example in examples(tokenizer, 8)]
+    trainer = train(model, data, **in_args)
+    trainer.data_collator = DataCollatorWithPadding(tokenizer)
+    assert model.config.use_cache
+    logits, *states = trainer.predict(data).predictions
+    assert logits.shape[0] == 8 and logits.shape[2] == VOCAB
+    assert [x.shape[0] for x in states] == [8], "only the encoder's states go with the logits"
+
+
 def test_label_smoothing_is_that_of_torch(tiny_config, tokenizer, train):
     model = LSGAlbertForConditionalGeneration(tiny_config(vocab_size=VOCAB))
     data = examples(tokenizer, 8)
@@ -306,7 +339,7 @@ def test_gradient_checkpointing_and_bfloat16_train_the_same(tiny_config, tokeniz
         model = LSGAlbertForConditionalGeneration(tiny_config(vocab_size=VOCAB))
         trainer = train(
             model, examples(tokenizer, 16), max_steps=3, learning_rate=1e-3, bf16=bf16,
-            gradient_checkpointing=checkpointing,
+            **(checkpointing_arguments() if checkpointing else {}),
         )  # fmt: skip
         losses[checkpointing, bf16] = trainer.train().training_loss
     assert losses[True, False] == pytest.approx(losses[False, False], abs=1e-3)
