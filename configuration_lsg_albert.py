@@ -362,7 +362,7 @@ def check_attn_implementation(name: str | None) -> None:
     """
     if name is not None and name not in ATTN_IMPLEMENTATIONS:
         raise ValueError(
-            f'`attn_implementation` "{name}" does not exist for LSG attention. Use "sdpa" (the default, '
+            f'Specified `attn_implementation="{name}"` is not supported by LSG attention. Use "sdpa" (the default, '
             'torch.nn.functional.scaled_dot_product_attention), "eager", or "flex_attention" (compiled).'
         )
 

@@ -4,12 +4,18 @@ nox -s lint
 nox -s "tests(transformers='5.23.0')" -- -k config
 """
 
+from pathlib import Path
+
 import nox
+
+TRIED = dict(line.split("==") for line in Path(".ci/tried.txt").read_text().splitlines() if "==" in line)
+PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 TORCH = "torch==2.13.0"  # installed first and alone: a range asked for beside other packages may bring another build
 OLDEST = "4.44.2"
-BETWEEN = ["4.48.3", "4.57.6", "5.0.0"]
-NEWEST = "5.23.0"
+BETWEEN = ["4.48.3", "4.57.6", "5.0.0", "5.23.0"]
+NEWEST = TRIED["transformers"]
+OLDEST_PYTEST = PYPROJECT["tool"]["pytest"]["ini_options"]["minversion"]
 
 # What meets transformers where its releases differ; the releases in between run only these.
 COMPATIBILITY_TESTS = [
@@ -24,7 +30,7 @@ nox.options.default_venv_backend = "virtualenv"
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff's lint and format checks, with the release that the `dev` extra pins."""
-    dev = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["dev"]
+    dev = PYPROJECT["project"]["optional-dependencies"]["dev"]
     session.install(next(requirement for requirement in dev if requirement.startswith("ruff==")))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -34,8 +40,9 @@ def lint(session: nox.Session) -> None:
 @nox.parametrize("transformers", [NEWEST, OLDEST, *BETWEEN])
 def tests(session: nox.Session, transformers: str) -> None:
     """The tests on one release: with the slow ones on the newest, only a part of them on those in between."""
+    pytest = OLDEST_PYTEST if transformers == OLDEST else TRIED["pytest"]
     session.install(TORCH)
-    session.install(".[test]", f"transformers=={transformers}")
+    session.install(".[test]", f"transformers=={transformers}", f"peft=={TRIED['peft']}", f"pytest=={pytest}")
     selection = []
     if transformers == NEWEST:
         selection = ["-m", "not gpu"]
@@ -44,6 +51,14 @@ def tests(session: nox.Session, transformers: str) -> None:
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
     if transformers in BETWEEN:  # several processes, where the Trainers of the releases differ most
         session.run("python", "-m", "pytest", "-m", "slow", "tests/test_example_processes.py", "-k", "token")
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """The default tests on whatever the index gives; CI runs it when that is newer than what the other sessions pin."""
+    session.install(TORCH)
+    session.install(".[test]")
+    session.run("python", "-m", "pytest", "-n", "2", *session.posargs)
 
 
 @nox.session

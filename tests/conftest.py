@@ -48,8 +48,20 @@ TINY = {
 }
 
 
+class RootIsNoTestPackage:
+    """Pytest takes a folder with an `__init__.py` for a package of tests, and imports that file before the first test.
+
+    The root's would be imported under the name of the folder, as a second copy, or fail where that name is no identifier.
+    """
+
+    @staticmethod
+    def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path.resolve() == ROOT else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for each process of `pytest -n`: most tests are too small for more threads to help."""
+    config.pluginmanager.register(RootIsNoTestPackage)  # the hooks of this file are not asked about folders above it
+    # One thread for each process of `pytest -n`: most tests are too small for more threads to help.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start

@@ -51,6 +51,7 @@ def test_read_rows_of_every_kind_of_file(tmp_path, name):
         ("rows.jsonl.gz", b"no gzip", "cannot read"),
         ("rows.jsonl.gz", gzip.compress(as_json_lines(ROWS).encode())[:-20], "cannot read"),
     ],
+    ids=["csv value", "csv column", "csv short line", "json list", "not utf-8", "no gzip", "half a gzip"],
 )
 def test_read_rows_names_what_it_cannot_use(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -8,11 +8,18 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs it; it is 
 import peft
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from helpers import logged_warnings, write_repository
 from lsg_albert import LSGAlbertForMaskedLM, LSGAlbertForSequenceClassification
+
+needs_peft_of_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} asks for peft >= {MIN_PEFT_VERSION} in its own methods",
+)
 
 TARGETS = {"query and value": ["query", "value"], "all linear": "all-linear"}
 
@@ -124,6 +131,7 @@ def test_an_adapter_before_the_activation_counts_in_inference(repository, inputs
 @pytest.mark.skipif(
     transformers.__version__ == "5.0.0", reason="its `load_adapter` misses the names it saved, with any model"
 )
+@needs_peft_of_transformers
 def test_an_adapter_by_transformers_itself(repository, inputs, tmp_path):
     model = load(repository)
     plain = logits(model, inputs)
