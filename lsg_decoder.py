@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import ATTENTION_FUNCTIONS, eager_attention, visibility_bias
 from .lsg_compat import GradientCheckpointingLayer, cached, extend_cache
+from .lsg_softmax import ATTENTION_FUNCTIONS, eager_attention, visibility_bias
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -15,43 +15,33 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .lsg_sparsity import LSGPattern
+from .lsg_pattern import LSGPattern
+from .lsg_windows import KeyParts
 
 TILE = 128  # queries and keys of one tile, torch's own default
 
 
-def flex_blocks(
+def flex_attention_of_blocks(
     query: Tensor,
-    keys: tuple[Tensor, Tensor, Tensor | None],
-    values: tuple[Tensor, Tensor, Tensor | None],
-    owners: tuple[Tensor, Tensor, Tensor | None],
+    keys: KeyParts,
+    values: KeyParts,
+    owners: KeyParts,
     row: Tensor,
     pattern: LSGPattern,
 ) -> Tensor:
-    """The context of the blocks' queries.
-
-    Args:
-        query: (H, N, W, D).
-        keys: of the global tokens (H, B, G, D), of the text (H, T, D), and the sparse ones (H, L, D) or None.
-        values: the same with E in the place of D.
-        owners: the row that each of these is of, -1 for what is not visible; (1 or H, ...) without the last dimension.
-        row: (N,), which row each block is of.
-        pattern: the sizes.
-
-    Returns:
-        (H, N, W, E).
+    """The context of the blocks' queries; arguments and result as in `window_attention`.
 
     Raises:
         ValueError: gradients are asked for on the CPU, where torch has the forward pass only.
     """
-    key, value, owner = (list_keys(*x) for x in (keys, values, owners))
+    key, value, owner = list_keys(keys), list_keys(values), list_keys(owners)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if query.device.type == "cpu" and needs_grad:
         raise ValueError(
             '`attn_implementation="flex_attention"` has no backward pass on the CPU: train with "sdpa", or run '
             "inference under `torch.no_grad()`."
         )
-    num_globals, num_text = keys[0].shape[1] * keys[0].shape[2], keys[1].shape[1]
+    num_globals, num_text = keys.of_globals.shape[1] * keys.of_globals.shape[2], keys.of_text.shape[1]
     sees = mask_of_keys(owner, row, num_globals, key.shape[1] - num_text, pattern)
     tiles = tiles_of_keys(row, num_globals, key.shape[1] - num_text, key.shape[1], pattern)
     mask = BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(num_text, key.shape[1]))
@@ -78,12 +68,10 @@ def compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False if device_type == "cpu" else None)
 
 
-def list_keys(of_globals: Tensor, of_text: Tensor, of_sparse: Tensor | None) -> Tensor:
-    """(H, B, G, ...), (H, T, ...) and (H, L, ...) as one list (H, R, ...): [global | sparse | text]."""
-    parts = (
-        [of_globals.flatten(1, 2), of_text] if of_sparse is None else [of_globals.flatten(1, 2), of_sparse, of_text]
-    )
-    return torch.cat(parts, dim=1)
+def list_keys(parts: KeyParts) -> Tensor:
+    """All keys as one list [global | sparse | text], (H, R, ...)."""
+    sparse = [] if parts.of_sparse is None else [parts.of_sparse]
+    return torch.cat([parts.of_globals.flatten(1, 2), *sparse, parts.of_text], dim=1)
 
 
 def mask_of_keys(
@@ -92,34 +80,22 @@ def mask_of_keys(
     """The mask in FlexAttention's form: whether query `q` of head `h` sees key `k`.
 
     Args:
-        owner: (1 or H, R), the row each key is of, -1 for what is not visible.
-        row: (N,), which row each block is of.
+        owner: (1 or H, R), the row each key belongs to, -1 for what is not visible.
+        row: (N,), which row of the batch each block belongs to.
         first_sparse, first_text: where in the list of keys the sparse ones and the text begin.
-        pattern: the sizes.
+        pattern: what a block sees.
     """
-    block_size, is_per_head = pattern.block_size, owner.shape[0] > 1
-    is_sparse = first_text > first_sparse
-    step = pattern.sparse_per_block if is_sparse else 0
-    size = pattern.sparse_block_size
+    is_per_head = owner.shape[0] > 1
 
     def sees(_: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        block = q // block_size
-        token = k - first_text
-        seen = (k < first_sparse) | ((k >= first_text) & (abs_difference(token // block_size, block) <= 1))
-        if is_sparse:
-            place = k - first_sparse - block * step  # from the first sparse token that stands for the query's block
-            is_left, is_right = (
-                (place >= -step - size) & (place < -step),
-                (place >= 2 * step) & (place < 2 * step + size),
-            )
-            seen = seen | ((k >= first_sparse) & (k < first_text) & (is_left | is_right))
+        block = q // pattern.block_size
+        seen = (k < first_sparse) | ((k >= first_text) & pattern.text_range.contains(k - first_text, block))
+        for where in pattern.sparse_ranges:
+            is_sparse = (k >= first_sparse) & (k < first_text)
+            seen = seen | (is_sparse & where.contains(k - first_sparse, block))
         return seen & (owner[h if is_per_head else 0, k] == row[block])
 
     return sees
-
-
-def abs_difference(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(a > b, a - b, b - a)
 
 
 def tiles_of_keys(
@@ -132,17 +108,14 @@ def tiles_of_keys(
     first = starts // pattern.block_size  # first and last block of the queries in a tile
     last = (starts + TILE).clamp(max=num_text).sub(1) // pattern.block_size
     num_globals = pattern.num_global_tokens
-    ranges = [(row[first] * num_globals, (row[last] + 1) * num_globals)]
-    text = first_text + (first - 1) * pattern.block_size, first_text + (last + 2) * pattern.block_size
-    ranges.append((text[0].clamp(min=first_text), text[1]))
-    if first_text > first_sparse:
-        step, size = pattern.sparse_per_block, pattern.sparse_block_size
-        for begin, end in ((-step - size, -step), (2 * step, 2 * step + size)):
-            limits = first_sparse + first * step + begin, first_sparse + last * step + end
-            ranges.append(tuple(limit.clamp(first_sparse, first_text) for limit in limits))
+    limits = [(row[first] * num_globals, (row[last] + 1) * num_globals)]
+    ranges = [(first_sparse, first_text, where) for where in pattern.sparse_ranges]
+    for begin, end, where in [*ranges, (first_text, num_keys, pattern.text_range)]:
+        seen = begin + first * where.step + where.start, begin + last * where.step + where.end
+        limits.append(tuple(place.clamp(begin, end) for place in seen))
     tile = torch.arange(0, num_keys, TILE, device=device)
     touched = torch.zeros(len(starts), len(tile), dtype=torch.bool, device=device)
-    for begin, end in ranges:
+    for begin, end in limits:
         touched |= (begin[:, None] < tile + TILE) & (end[:, None] > tile) & (begin < end)[:, None]
     indices = touched.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return touched.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]

@@ -12,49 +12,12 @@ Dimension key:  B batch  H heads  T text tokens  D head_dim  E value width  C ch
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LSGPattern:
-    """Which keys a query sees; sizes count tokens. The fields are those of `LSGAlbertConfig`.
-
-    Args:
-        num_global_tokens: global tokens before the text, at least 1.
-        block_size: tokens per block of the text; a query sees its own block and one neighbour on each side.
-        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None for no sparse part.
-        sparse_block_size: sparse tokens seen on each side of those that stand for the local window.
-        sparsity_factor: tokens that one sparse token stands for; divides `block_size`.
-        lsh_num_pre_rounds: hashing rounds of "lsh" before the last one.
-    """
-
-    num_global_tokens: int
-    block_size: int
-    sparsity_type: str | None = None
-    sparse_block_size: int = 0
-    sparsity_factor: int = 1
-    lsh_num_pre_rounds: int = 0
-
-    @property
-    def sparse_per_block(self) -> int:
-        """Sparse tokens that stand for one block."""
-        return self.block_size // self.sparsity_factor
-
-    @property
-    def chunk_size(self) -> int:
-        """Tokens per chunk of "norm" and "lsh"."""
-        return min(self.block_size, self.sparse_block_size)
-
-    @property
-    def hash_rounds(self) -> tuple[int, ...]:
-        """Buckets per chunk in each round of hashing; empty when nothing is hashed."""
-        if self.sparsity_type != "lsh" or self.sparsity_factor in (1, self.sparse_block_size):
-            return ()
-        return (self.chunk_size,) * self.lsh_num_pre_rounds + (self.chunk_size // self.sparsity_factor,)
+from .lsg_pattern import LSGPattern
 
 
 class SparseTokens(NamedTuple):
@@ -88,7 +51,7 @@ def select_sparse_tokens(
         L = T / sparsity_factor sparse tokens, in the order of the text.
     """
     kind, factor = pattern.sparsity_type, pattern.sparsity_factor
-    if factor == 1:
+    if factor == 1:  # every token stands for itself
         return SparseTokens(key, value, visible)
     if kind == "norm":
         return largest_norms(key, value, visible, pattern.chunk_size, factor)
@@ -97,15 +60,13 @@ def select_sparse_tokens(
     if kind == "block_stride":
         return strided(key, value, visible, factor, run=pattern.sparse_per_block)
     with without_autocast(key.device):
-        if pattern.hash_rounds:
-            return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
         if kind == "pooling":
-            weights, visible = mean_weights(visible, factor, at_least_float32(key))
-        elif kind in ("bos_pooling", "lsh"):  # "lsh" with a factor of `sparse_block_size` is the same thing
-            weights, visible = first_query_weights(first_query, key, visible, factor)
-        else:
-            raise ValueError(f"`sparsity_type` {kind!r} is unknown.")
-        return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
+            return weighted_means(key, value, *mean_weights(visible, factor, at_least_float32(key)))
+        if kind == "lsh" and pattern.hash_rounds:
+            return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
+        if kind in ("bos_pooling", "lsh"):  # "lsh" with a factor of `sparse_block_size` is defined as "bos_pooling"
+            return weighted_means(key, value, *first_query_weights(first_query, key, visible, factor))
+    raise ValueError(f"`sparsity_type` {kind!r} is unknown.")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -161,6 +122,11 @@ def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int
     scores = (key_blocks @ query.to(dtype)[..., None]).flatten(2) / math.sqrt(key.shape[-1])  # (B, H, T)
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
     return scores.unflatten(2, (-1, factor)).softmax(-1), visible.unflatten(2, (-1, factor)).any(-1)
+
+
+def weighted_means(key: Tensor, value: Tensor, weights: Tensor, visible: Tensor) -> SparseTokens:
+    """Each chunk's keys and values, summed under the same weights."""
+    return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
 
 
 def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:

@@ -23,12 +23,19 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import block_attention, is_exported, is_traced, lsg_attention, lsg_attention_map
+from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
+
+# Releases before 5.1 copy to a checkpoint only the files that this one imports directly.
+from .lsg_chunks import ChunkedAttention  # noqa: F401
 from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached, find_cache, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_flex import check_no_dropout
-from .lsg_sparsity import LSGPattern, hash_projections
+from .lsg_pattern import LSGPattern
+from .lsg_softmax import ATTENTION_FUNCTIONS  # noqa: F401
+from .lsg_sparsity import hash_projections
+from .lsg_tracing import is_exported, is_traced
+from .lsg_windows import KeyParts  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -356,7 +363,7 @@ class LSGAlbertEncoder(nn.Module):
         padding = self.adaptive_padding(length)
         embeddings = F.pad(embeddings, (0, 0, 0, padding))
         visible = F.pad(visible, (0, padding), value=False)
-        in_blocks = (is_exported() or visible.shape[1] > 2 * self.pattern.block_size) and not output_attentions
+        in_blocks = (is_exported() or visible.shape[1] > self.pattern.full_length) and not output_attentions
         if in_blocks:
             visible = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible))
             embeddings = visible.pack(embeddings)
@@ -397,7 +404,7 @@ class LSGAlbertEncoder(nn.Module):
         padding = (length + block_size - 1) // block_size * block_size - length
         if is_exported():  # a graph is one for all lengths: texts of up to two blocks go through blocks too
             return padding
-        padding = padding if length > 2 * block_size else 0
+        padding = padding if length > self.pattern.full_length else 0
         if padding and not self.config.adaptive:
             raise ValueError(
                 f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "

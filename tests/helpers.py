@@ -19,10 +19,7 @@ from transformers.utils import ModelOutput
 from lsg_albert.lsg_compat import CACHE_FIELD
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = (
-    "configuration_lsg_albert.py", "lsg_attention.py", "lsg_blocks.py", "lsg_compat.py", "lsg_decoder.py", "lsg_flex.py",
-    "lsg_sparsity.py", "modeling_lsg_albert.py",
-)  # fmt: skip
+CODE = [path.name for pattern in ("configuration_*.py", "modeling_*.py", "lsg_*.py") for path in ROOT.glob(pattern)]
 TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 
 # Without a terminal a question of "run remote code?" fails, and so does whatever reaches for the network.
@@ -67,7 +64,7 @@ def checkpointing_arguments(**kwargs: Any) -> dict[str, Any]:
 def write_repository(folder: Path, model: PreTrainedModel) -> Path:
     """A repository like the root's: its Python files and tokenizer, and the configuration and weights of `model`."""
     model.save_pretrained(folder)
-    for name in CODE + TOKENIZER:
+    for name in (*CODE, *TOKENIZER):
         shutil.copyfile(ROOT / name, folder / name)
     return folder
 

@@ -119,7 +119,14 @@ def sparse_list(
 
 
 def entries_of_query(
-    index: int, visible: Tensor, sparse: list[Tensor | None], num_globals: int, size: int, window: int | None, f: int
+    index: int,
+    visible: Tensor,
+    sparse: list[Tensor | None],
+    num_globals: int,
+    size: int,
+    window: int | None,
+    f: int,
+    neighbours: int = 1,
 ) -> Tensor:
     """All that query `index` of `[globals, text]` attends to: one weight vector over the tokens per entry, (N, G + T).
 
@@ -127,18 +134,20 @@ def entries_of_query(
         visible: bool (T), text tokens only.
         sparse: weights over the T text tokens, None where invisible.
         size: B, in tokens. window: S, the sparse tokens on one side. f: the sparsity factor.
+        neighbours: the blocks on one side of a query's own in its local window; 1 in the paper.
     """
     num_tokens = len(visible)
     one_hot = torch.eye(num_globals + num_tokens, dtype=torch.float64)
     entries = [one_hot[g] for g in range(num_globals)]
-    if index < num_globals or num_tokens <= 2 * size:
+    if index < num_globals or num_tokens <= (neighbours + 1) * size:
         return torch.stack(entries + [one_hot[num_globals + j] for j in range(num_tokens) if visible[j]])
     block = (index - num_globals) // size
-    local = range(max((block - 1) * size, 0), min((block + 2) * size, num_tokens))
+    first, last = block - neighbours, block + neighbours
+    local = range(max(first * size, 0), min((last + 1) * size, num_tokens))
     entries += [one_hot[num_globals + j] for j in local if visible[j]]
     if sparse:
         p = size // f
-        left, right = (block - 1) * p, (block + 2) * p  # the sparse image of the local window is [left, right)
+        left, right = first * p, (last + 1) * p  # the sparse image of the local window is [left, right)
         for a in [*range(left - window, left), *range(right, right + window)]:
             if 0 <= a < len(sparse) and sparse[a] is not None:
                 entries.append(F.pad(sparse[a], (num_globals, 0)))
@@ -157,11 +166,13 @@ def oracle_attention(
     sparsity_factor: int,
     sparsity_type: str | None,
     projections: list[Tensor] | None = None,
+    neighbours: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """LSG attention by the definition, in float64.
 
     Args:
-        query, key, value: (batch, heads, G + T, head_dim), the globals first; T is a multiple of B when T > 2B.
+        query, key, value: (batch, heads, G + T, head_dim), the globals first; T is a multiple of B when T > 2B (with
+            more `neighbours`, when T > (neighbours + 1) B).
         visible: bool (batch, T), True = this text token may be attended to.
         projections: for `lsh` only, the draws in order (pre-rounds first), each (heads, head_dim, R // 2).
 
@@ -176,18 +187,19 @@ def oracle_attention(
     pattern = block_size, sparse_block_size, sparsity_factor
     if visible.shape != (batch, num_tokens):
         raise ValueError(f"`visible` is {tuple(visible.shape)}, not {(batch, num_tokens)}.")
-    if num_tokens > 2 * block_size and num_tokens % block_size:
+    is_long = num_tokens > (neighbours + 1) * block_size
+    if is_long and num_tokens % block_size:
         raise ValueError(f"{num_tokens} text tokens are no multiple of `block_size` ({block_size}).")
     contexts, maps = [], []
     for n in range(batch):
         for h in range(heads):
             sparse: list[Tensor | None] = []
-            if num_tokens > 2 * block_size:
+            if is_long:
                 draws = [draw[h] for draw in projections] if projections else None
                 q_0, text_key = query[n, h, num_globals], key[n, h, num_globals:]
                 sparse = sparse_list(q_0, text_key, visible[n], h, *pattern, sparsity_type, draws)
             for i in range(length):
-                entries = entries_of_query(i, visible[n], sparse, num_globals, *pattern)  # (N, G + T)
+                entries = entries_of_query(i, visible[n], sparse, num_globals, *pattern, neighbours)  # (N, G + T)
                 scores = (entries @ key[n, h]) @ query[n, h, i] / math.sqrt(head_dim)  # (N)
                 contexts.append(scores.softmax(0) @ (entries @ value[n, h]))  # (head_dim)
                 maps.append(scores.softmax(0) @ entries)  # (G + T)

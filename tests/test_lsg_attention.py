@@ -5,20 +5,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lsg_albert import lsg_attention as lsg_attention_module
-from lsg_albert.lsg_attention import (
-    Chunk,
-    Sources,
-    attention_gradients,
-    eager_attention,
-    key_windows,
-    lsg_attention,
-    lsg_attention_map,
-    sdpa_attention,
-    visibility_bias,
-    window_parts,
-)
-from lsg_albert.lsg_sparsity import LSGPattern, hash_projections
+from lsg_albert import lsg_chunks
+from lsg_albert.lsg_attention import lsg_attention, lsg_attention_map
+from lsg_albert.lsg_pattern import LSGPattern
+from lsg_albert.lsg_softmax import attention_gradients, eager_attention, sdpa_attention, visibility_bias
+from lsg_albert.lsg_sparsity import hash_projections
 from oracle import oracle_attention
 
 IMPLEMENTATIONS = ["eager", "sdpa"]  # "flex_attention" has tests of its own
@@ -39,8 +30,12 @@ def cases(draw):
     sparsity_type = draw(st.sampled_from(TYPES))
     window = draw(st.integers(1, 2 * block + 1))
     assume(is_legal(sparsity_type, block, window, factor))
-    pattern = LSGPattern(draw(st.integers(1, 4)), block, sparsity_type, window, factor, draw(st.integers(0, 2)))
-    length = draw(st.one_of(st.integers(1, 2 * block), st.integers(3, 7).map(lambda blocks: blocks * block)))
+    num_globals, num_rounds = draw(st.integers(1, 4)), draw(st.integers(0, 2))
+    pattern = LSGPattern(
+        num_globals, block, sparsity_type, window, factor, num_rounds, draw(st.sampled_from([1, 1, 2]))
+    )
+    short = st.integers(1, pattern.full_length)
+    length = draw(st.one_of(short, st.integers(3, 7).map(lambda blocks: blocks * block)))
     batch, heads, width = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = (3, batch, heads, pattern.num_global_tokens + length, width)
@@ -61,7 +56,7 @@ def from_oracle(pattern, query, key, value, visible):
         query, key, value, visible,
         num_global_tokens=pattern.num_global_tokens, block_size=pattern.block_size,
         sparse_block_size=pattern.sparse_block_size, sparsity_factor=pattern.sparsity_factor,
-        sparsity_type=pattern.sparsity_type,
+        sparsity_type=pattern.sparsity_type, neighbours=pattern.neighbours,
         projections=[p.to(key.dtype) for p in draw_projections(pattern, key)],
     )  # fmt: skip
 
@@ -69,7 +64,7 @@ def from_oracle(pattern, query, key, value, visible):
 @pytest.fixture(params=[1, 2**22], ids=["one_block_chunks", "one_chunk"])
 def chunk_bytes(request, monkeypatch):
     """How the blocks are gone through on the CPU: one by one, or all of the small ones here at once."""
-    monkeypatch.setattr(lsg_attention_module, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(lsg_chunks, "CHUNK_BYTES", request.param)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,7 +116,7 @@ def test_rows_of_the_map_sum_to_one_and_give_the_context(case):
 def test_right_padding_by_whole_blocks_changes_nothing(case, blocks):
     pattern, query, key, value, visible = case
     length = visible.shape[1]
-    assume(length > 2 * pattern.block_size or length == 2 * pattern.block_size)
+    assume(length >= pattern.full_length)
     projections = draw_projections(pattern, key)
     padding = blocks * pattern.block_size
     longer = [
@@ -222,41 +217,6 @@ def test_dropout_drops_and_keeps_the_mean():
         )
         assert 0.24 < (weights == 0).float().mean() < 0.26
         assert abs(weights.sum(-1).mean() - 1) < 0.01
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.data())
-def test_key_windows_hold_the_slices_they_name(num_blocks, step, factor, size, is_sparse, data):
-    """Every token is its own number, and those beyond the ends are 0; a chunk has the same windows, cut."""
-    block = step * factor
-    pattern = LSGPattern(1, block, "stride" if is_sparse else None, size, factor)
-    text = torch.arange(1, num_blocks * block + 1)[None]
-    sparse = 1000 + torch.arange(1, num_blocks * step + 1)[None] if is_sparse else None
-    sources = Sources(torch.tensor([[[-5], [-6]]]), text, sparse)
-    row = torch.arange(num_blocks) // 3
-    first = data.draw(st.integers(0, num_blocks - 1))
-    last = data.draw(st.integers(first + 1, num_blocks))
-    whole = key_windows(sources, row, pattern)
-    columns = [
-        tuple(sorted(data.draw(st.tuples(*[st.integers(0, part.size)] * 2))))
-        for part in window_parts(sources, pattern)
-    ]
-    windows = key_windows(sources, row, pattern, Chunk(slice(first, last), columns))
-
-    def within(x, start, stop):
-        return [x[0, j].item() if 0 <= j < x.shape[1] else 0 for j in range(start, stop)]
-
-    for i in range(num_blocks):
-        of_globals = [-5 if i < 3 else -6]
-        parts = [within(text, (i - 1) * block, (i + 2) * block)]
-        if is_sparse:
-            left = within(sparse, (i - 1) * step - size, (i - 1) * step)
-            right = within(sparse, (i + 2) * step, (i + 2) * step + size)
-            parts = [left, right, *parts]
-        assert whole[0, i].tolist() == sum(parts, of_globals)
-        if first <= i < last:
-            seen = [part[begin:end] for part, (begin, end) in zip(parts, columns, strict=True)]
-            assert windows[0, i - first].tolist() == sum(seen, of_globals)
 
 
 def test_time_and_memory_shapes_are_linear_in_the_length():

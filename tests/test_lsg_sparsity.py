@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import ROOT
+from lsg_albert.lsg_pattern import LSGPattern
 from lsg_albert.lsg_sparsity import (
-    LSGPattern,
     cluster,
     first_query_weights,
     hash_projections,
@@ -148,9 +148,10 @@ def test_projections_are_the_published_codes_after_the_same_seed():
 
 def test_projections_are_the_same_in_every_process():
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.manual_seed(int(sys.argv[2])); "
-        "torch.set_default_dtype(torch.float64); "
-        "import lsg_sparsity; print(lsg_sparsity.hash_projections(1, (6,), 2, 3, seed=0)[0].flatten().tolist())"
+        "import sys, torch, types; torch.manual_seed(int(sys.argv[2])); torch.set_default_dtype(torch.float64); "
+        "package = sys.modules['package'] = types.ModuleType('package'); package.__path__ = [sys.argv[1]]; "
+        "from package import lsg_sparsity; "
+        "print(lsg_sparsity.hash_projections(1, (6,), 2, 3, seed=0)[0].flatten().tolist())"
     )
     printed = [
         subprocess.run([sys.executable, "-c", code, str(ROOT), str(i)], capture_output=True, text=True, check=True)

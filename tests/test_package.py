@@ -8,7 +8,7 @@ import lsg_albert
 from conftest import ROOT
 from helpers import run_in_new_process
 from lsg_albert.configuration_lsg_albert import ATTN_IMPLEMENTATIONS, AUTO_MAP
-from lsg_albert.lsg_attention import ATTENTION_FUNCTIONS
+from lsg_albert.lsg_softmax import ATTENTION_FUNCTIONS
 
 tomllib = pytest.importorskip("tomllib", reason="it comes with Python 3.11")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

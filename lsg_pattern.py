@@ -1,0 +1,98 @@
+"""The geometry of LSG attention: which keys a query sees. All sizes count tokens.
+
+Source: Condevaux and Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long sequences",
+arXiv 2210.15497.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class BlockRange(NamedTuple):
+    """For each block n the tokens from `start + n * step` up to, but without, `end + n * step`."""
+
+    start: int
+    end: int
+    step: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def shifted(self, num_blocks: int) -> "BlockRange":
+        """The ranges as counted from block `num_blocks` on."""
+        offset = num_blocks * self.step
+        return self._replace(start=self.start + offset, end=self.end + offset)
+
+    def columns(self, begin: int, end: int) -> "BlockRange":
+        """Of each range only the places from `begin` up to, but without, `end`; nothing if these are not in order."""
+        return self._replace(start=self.start + begin, end=self.start + max(begin, end))
+
+    def contains(self, token: Any, block: Any) -> Any:
+        """Whether tokens are in the ranges of blocks; both are integers or integer tensors."""
+        place = token - block * self.step
+        return (place >= self.start) & (place < self.end)
+
+
+@dataclass(frozen=True)
+class LSGPattern:
+    """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`.
+
+    A text is cut into blocks, and the sparse tokens that stand for a block are its image. A query sees all global
+    tokens; the text of its own block and of its neighbours (`text_range`); and the sparse tokens before and after the
+    image of that window (`sparse_ranges`), as far as there are any. Global tokens see and are seen by all.
+
+    Args:
+        num_global_tokens: global tokens before the text, at least 1.
+        block_size: tokens per block of the text.
+        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None for no sparse part.
+        sparse_block_size: sparse tokens that a query sees on each side.
+        sparsity_factor: tokens that one sparse token stands for; divides `block_size`.
+        lsh_num_pre_rounds: hashing rounds of "lsh" before the last one.
+        neighbours: blocks that a query sees on each side of its own.
+    """
+
+    num_global_tokens: int
+    block_size: int
+    sparsity_type: str | None = None
+    sparse_block_size: int = 0
+    sparsity_factor: int = 1
+    lsh_num_pre_rounds: int = 0
+    neighbours: int = 1
+
+    @property
+    def text_range(self) -> BlockRange:
+        """The text tokens that a block's queries see: those of the block and of its neighbours."""
+        return BlockRange(-self.neighbours * self.block_size, (self.neighbours + 1) * self.block_size, self.block_size)
+
+    @property
+    def sparse_ranges(self) -> tuple[BlockRange, ...]:
+        """The sparse tokens that a block's queries see, on the left and on the right of the image of `text_range`;
+        none without a sparse part."""
+        if self.sparsity_type is None:
+            return ()
+        step, size = self.sparse_per_block, self.sparse_block_size
+        left, right = -self.neighbours * step, (self.neighbours + 1) * step
+        return BlockRange(left - size, left, step), BlockRange(right, right + size, step)
+
+    @property
+    def full_length(self) -> int:
+        """The longest text in which every token sees every other by `text_range` alone."""
+        return (self.neighbours + 1) * self.block_size
+
+    @property
+    def sparse_per_block(self) -> int:
+        """Sparse tokens that stand for one block."""
+        return self.block_size // self.sparsity_factor
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens per chunk of "norm" and "lsh"."""
+        return min(self.block_size, self.sparse_block_size)
+
+    @property
+    def hash_rounds(self) -> tuple[int, ...]:
+        """Buckets per chunk in each round of hashing; empty when nothing is hashed."""
+        if self.sparsity_type != "lsh" or self.sparsity_factor in (1, self.sparse_block_size):
+            return ()
+        return (self.chunk_size,) * self.lsh_num_pre_rounds + (self.chunk_size // self.sparsity_factor,)
