@@ -20,7 +20,7 @@ from .lsg_blocks import BlockList, list_blocks
 from .lsg_chunks import ChunkedAttention, can_chunk
 from .lsg_flex import flex_attention_of_blocks
 from .lsg_pattern import LSGPattern
-from .lsg_softmax import ATTENTION_FUNCTIONS, visibility_bias
+from .lsg_softmax import ATTENTION_FUNCTIONS, drop, visibility_bias
 from .lsg_sparsity import SparseTokens, at_least_float32, select_sparse_tokens
 from .lsg_tracing import is_exported
 from .lsg_windows import KeyParts, key_windows
@@ -186,7 +186,7 @@ def global_attention(
     weights = (scores - peak[..., None]).exp()
     text_weights = (text_scores - blocks.spread(peak)[..., None]).exp()
     total = blocks.add(weights.sum(-1), text_weights.sum(-1))
-    weights, text_weights = (F.dropout(x, dropout).to(value.dtype) for x in (weights, text_weights))
+    weights, text_weights = (drop(x, dropout).to(value.dtype) for x in (weights, text_weights))
     context = blocks.add((weights @ value).to(dtype), (text_weights @ text_value).to(dtype))
     return (context / total[..., None]).to(value.dtype)
 

@@ -104,7 +104,7 @@ def list_blocks(visible: Tensor, block_size: int, padding: str = "keep") -> Bloc
     if padding == "keep":
         return BlockList(row, visible.flatten(), *sizes)
     last = (visible * torch.arange(1, length + 1, device=visible.device)).amax(1)
-    place = block % blocks_per_row * block_size
+    place = (block - row * blocks_per_row) * block_size
     is_padding = (place >= last[row]) & (place > 0)
     if padding == "blank":
         return BlockList(row, visible.flatten(), *sizes, blank=is_padding)

@@ -17,10 +17,13 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(
-        -1, -2
-    ) + bias  # in this order float16 does not overflow
-    return F.dropout(scores.softmax(-1), dropout) @ value
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # so float16 does not overflow
+    return drop(scores.softmax(-1), dropout) @ value
+
+
+def drop(weights: Tensor, dropout: float) -> Tensor:
+    """Dropout, where there is any: exporters do not see that one of 0 is none."""
+    return F.dropout(weights, dropout) if dropout else weights
 
 
 def attention_gradients(

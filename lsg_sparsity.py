@@ -75,15 +75,23 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, factor: int) -> SparseTokens:
-    """Keep the `chunk_size // factor` visible tokens of largest key norm of each chunk, by ascending norm."""
+    """Keep the `chunk_size // factor` visible tokens of largest key norm of each chunk, by ascending norm. Of tokens
+    with the same norm the first are kept."""
     norms = torch.linalg.vector_norm(key, dim=-1, dtype=at_least_float32(key)) * visible
     chunks = norms.unflatten(2, (-1, chunk_size))  # (B, H, C, W)
-    chosen = chunks.topk(chunk_size // factor, dim=-1).indices.flip(-1)
+    chosen = first_of_largest(chunks, chunk_size // factor).flip(-1)
     first = torch.arange(0, key.shape[2], chunk_size, device=key.device)[:, None]
     index = (first + chosen).flatten(2)  # (B, H, L)
     return SparseTokens(
         gather_tokens(key, index), gather_tokens(value, index), visible.expand_as(norms).gather(2, index)
     )
+
+
+def first_of_largest(x: Tensor, count: int) -> Tensor:
+    """The indices of the `count` largest in the last dimension, in descending order, the first of equal ones first."""
+    if torch.onnx.is_in_onnx_export():  # ONNX's TopK is stable by definition, but not all exporters can sort
+        return x.topk(count, dim=-1).indices
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
