@@ -671,17 +671,14 @@ class LSGAlbertMLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
         self.activation = get_activation(config.hidden_act)
-        self._tie_weights()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocab_size)."""
         return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
 
     def _tie_weights(self) -> None:
-        # transformers 4 calls this after loading, which may have put a parameter in the place of either name of the
-        # bias; a file has one of them, and the other one may still be without values.
-        if self.bias.is_meta:
-            self.bias = self.decoder.bias
+        # Only transformers 4 calls this. The two names are not tied here from the start: what is one parameter already
+        # on the meta device, transformers 5 takes for loaded where a file has neither name.
         self.decoder.bias = self.bias
 
 
@@ -722,6 +719,12 @@ class _WithMLMHead(LSGAlbertPreTrainedModel):
         # Only transformers 5 calls this. The bias has two names also where `tie_word_embeddings` is False.
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         return {**tied, "predictions.decoder.bias": "predictions.bias"}
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        # A file has one name of the bias, and loading may have put a parameter in that place alone.
+        if self.predictions.bias.is_meta and not self.predictions.decoder.bias.is_meta:
+            self.predictions.bias = self.predictions.decoder.bias
+        super().tie_weights(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.predictions.decoder
