@@ -117,7 +117,8 @@ class LSGAlbertConfig(PretrainedConfig):
         decoder_start_token_id (`int`, *optional*):
             Id that a decoder starts with; `None` means `bos_token_id`.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a decoder returns the keys and values that the next token needs.
+            Whether a decoder returns the keys and values that the next token needs. Read from the file of a
+            sequence-to-sequence model only: that of an encoder has no say in it.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
@@ -253,12 +254,16 @@ class LSGAlbertConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary."""
+        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary, and
+        `use_cache` of an encoder's dictionary is left out: a `Trainer` leaves a false there, which would slow down a
+        decoder that is made from it."""
         fields = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", "kwargs"}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         merged = {}
         for values in (config_dict, overrides):
             merged.update({cls.attribute_map.get(name, name): value for name, value in values.items()})
+        if not config_dict.get("is_encoder_decoder") and "use_cache" not in overrides:
+            merged.pop("use_cache", None)
         return super().from_dict(merged, **kwargs)
 
     @property

@@ -845,13 +845,17 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`, and what an encoder's checkpoint lacks is filled in: cross-attentions that the
-        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config."""
+        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config, and
+        its `use_cache`, which an encoder's file has no say in."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
         model.decoder.copy_self_attentions(model.albert.encoder.albert_layer_groups, missing)
         for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, getattr(model.config, name))
+        is_encoders = any(name.startswith("cross_attentions.") for name in missing)
+        if is_encoders and kwargs.get("generation_config") is None:
+            model.generation_config.use_cache = model.config.use_cache
         return (model, info) if output_loading_info else model
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> LSGAlbertModel:

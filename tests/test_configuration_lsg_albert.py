@@ -8,8 +8,8 @@ import math
 import pytest
 from transformers import AlbertConfig
 
-from helpers import logged_warnings
-from lsg_albert import LSGAlbertConfig, LSGAlbertModel
+from helpers import ROOT, logged_warnings
+from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.configuration_lsg_albert import ATTN_IMPLEMENTATIONS, AUTO_MAP, SPARSITY_TYPES
 
 INTEGERS = [
@@ -348,3 +348,25 @@ def test_attention_that_lsg_has_is_kept_and_not_written(tiny_config):
         config = tiny_config(attn_implementation=implementation)
         assert config._attn_implementation == implementation
         assert implementation not in config.to_json_string()
+
+
+# The cache of a decoder
+
+
+def test_false_that_a_trainer_left_in_an_encoders_file_is_not_a_decoders(tiny_config, tmp_path):
+    LSGAlbertForMaskedLM(tiny_config(use_cache=False)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is False
+    decoder = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path)
+    assert decoder.config.use_cache and decoder.generation_config.use_cache
+    asked = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path, use_cache=False)
+    assert not asked.config.use_cache and not asked.generation_config.use_cache
+
+
+def test_a_decoders_own_false_is_kept(tiny_config, tmp_path):
+    LSGAlbertForConditionalGeneration(tiny_config(use_cache=False)).save_pretrained(tmp_path)
+    loaded = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path)
+    assert not loaded.config.use_cache and not loaded.generation_config.use_cache
+
+
+def test_the_roots_file_says_true():
+    assert json.loads((ROOT / "config.json").read_text())["use_cache"] is True
