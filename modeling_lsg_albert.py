@@ -701,14 +701,24 @@ def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if own is None else own)
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of scores (..., classes) for labels (...); -100 is left out."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
+def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Cross entropy of scores (..., classes) for labels (...); -100 is left out.
+
+    It is the mean, or the sum divided by `num_items` where a step of training counts the labels of several batches.
+    """
+    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
+    if num_items is None:
+        return F.cross_entropy(logits, labels)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(logits.device).flatten()[0]  # `DataParallel` hands a matrix to each device
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / num_items  # float16 would overflow
 
 
 class _WithMLMHead(LSGAlbertPreTrainedModel):
     """A model whose `predictions` share the word embeddings."""
 
+    accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
     # transformers 5 wants {target: source}; transformers 4 reads the keys.
     _tied_weights_keys = {
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
@@ -757,6 +767,7 @@ class LSGAlbertForPreTraining(_WithMLMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | LSGAlbertForPreTrainingOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -766,6 +777,10 @@ class LSGAlbertForPreTraining(_WithMLMHead):
                 Ids of the masked tokens, -100 elsewhere.
             sentence_order_label (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 0 for the original order, 1 for the switched one. The loss needs both labels.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them. It
+                counts no sentences, so each text's order then counts as often as the text has masked tokens: the loss
+                does not depend on how a step is cut into batches.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -776,7 +791,12 @@ class LSGAlbertForPreTraining(_WithMLMHead):
         sop_logits = self.sop_classifier(outputs.pooler_output)
         loss = None
         if labels is not None and sentence_order_label is not None:
-            loss = token_loss(prediction_logits, labels) + token_loss(sop_logits, sentence_order_label)
+            order_logits, order = sop_logits, sentence_order_label
+            if num_items_in_batch is not None:
+                order_logits = sop_logits[:, None].expand(*labels.shape, -1)
+                order = order.view(-1, 1).to(labels.device).where(labels != -100, -100)
+            loss = token_loss(prediction_logits, labels, num_items_in_batch)
+            loss = loss + token_loss(order_logits, order, num_items_in_batch)
         output = LSGAlbertForPreTrainingOutput(
             loss, prediction_logits, sop_logits, outputs.hidden_states, outputs.attentions
         )
@@ -804,6 +824,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | MaskedLMOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -811,6 +832,8 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids of the masked tokens, -100 elsewhere.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -818,7 +841,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.predictions(outputs.last_hidden_state)
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if return_dict else output.to_tuple()
 
@@ -898,6 +921,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         return_dict: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | Seq2SeqLMOutput:
         r"""
         Args:
@@ -917,6 +941,8 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Ids that the decoder is to predict, -100 where there is none.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
             use_cache (`bool`, *optional*):
                 Whether to return `past_key_values`; never with labels or in training with gradient checkpointing.
             output_attentions, output_hidden_states, return_dict (*optional*):
@@ -963,7 +989,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         logits = self.predictions(states)
         encoder_outputs = encoder_outputs or LSGAlbertModelOutput()
         output = Seq2SeqLMOutput(
-            loss=None if labels is None else token_loss(logits, labels),
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=cache if use_cache else None,
             decoder_hidden_states=select_states([*all_states, states], output_hidden_states),
@@ -1115,6 +1141,8 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
     """A classifier of every token."""
 
+    accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
+
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -1135,6 +1163,7 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | TokenClassifierOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -1142,6 +1171,8 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The tokens' classes, -100 where there is none.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -1149,7 +1180,7 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if return_dict else output.to_tuple()
 

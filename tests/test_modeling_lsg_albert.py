@@ -11,7 +11,7 @@ import lsg_albert
 from conftest import TINY
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.convert_albert_to_lsg import convert_state_dict
-from lsg_albert.modeling_lsg_albert import select_states
+from lsg_albert.modeling_lsg_albert import select_states, token_loss
 from oracle import oracle_encoder
 
 TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
@@ -95,6 +95,43 @@ def test_loss_of_pretraining_is_the_sum_of_both(tiny_config):
     expected = expected + F.cross_entropy(output.sop_logits, labels["sentence_order_label"])
     torch.testing.assert_close(output.loss, expected)
     assert model(**inputs, labels=labels["labels"]).loss is None
+
+
+@pytest.mark.parametrize(
+    "head", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification", "ForConditionalGeneration"]
+)
+@pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda n: torch.tensor([[n]])])
+def test_losses_of_the_batches_of_a_step_add_up_to_the_mean_over_its_labels(tiny_config, head, kind):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(num_labels=3)).eval()
+    inputs = random_inputs(batch=4)
+    labels = torch.randint(0, 3, (4, 45))
+    for row, count in enumerate((0, 1, 7, 40)):
+        labels[row, count:] = -100
+    inputs["labels"] = labels
+    if head == "ForPreTraining":
+        inputs["sentence_order_label"] = torch.tensor([0, 1, 1, 2])
+    with torch.no_grad():
+        outputs = model(**inputs)
+        whole = model(**inputs, num_items_in_batch=kind(48)).loss
+        parts = [model(**{k: x[i : i + 2] for k, x in inputs.items()}, num_items_in_batch=kind(48)) for i in (0, 2)]
+        single = model(**{k: x[:1] for k, x in inputs.items()}, num_items_in_batch=kind(48))
+    expected = F.cross_entropy(outputs[1].flatten(0, 1), labels.flatten())
+    if head == "ForPreTraining":  # each text's order counts as often as it has labels
+        orders = F.cross_entropy(outputs.sop_logits, inputs["sentence_order_label"], reduction="none")
+        expected = expected + (orders * torch.tensor([0, 1, 7, 40])).sum() / 48
+    assert whole.shape == ()
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, expected)
+    assert single.loss == 0  # a batch without labels adds nothing
+    if head != "ForPreTraining":
+        torch.testing.assert_close(whole, outputs.loss)
+
+
+def test_loss_of_a_large_step_does_not_overflow_in_half_precision():
+    logits = torch.randn(9000, 4).half() * 30
+    labels = torch.randint(0, 4, (9000,))
+    expected = F.cross_entropy(logits.float(), labels)
+    torch.testing.assert_close(token_loss(logits, labels, 9000), expected, rtol=1e-3, atol=0)
 
 
 @st.composite
