@@ -38,6 +38,8 @@ _USED_BY_GENERATE = {
     "cache_position", "next_sequence_length", "is_first_iteration",
 }  # fmt: skip
 
+_MARKS_OF_PACKING = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
 CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
 
 # The same function; the second is one kernel, the first a chain of eight.
@@ -440,6 +442,16 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
         check_attn_implementation(config._attn_implementation)
         super().__init__(config_for(config, is_encoder_decoder))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A `forward` that took these with `**kwargs` would have to use or refuse whatever else comes.
+        given = _MARKS_OF_PACKING & kwargs.keys()
+        if given:
+            raise ValueError(
+                f"`{min(given)}` is not supported: give `position_ids` that begin again at 0 with each text, and no other "
+                "mark of where texts are (`DataCollatorWithFlattening()` as it is by default)."
+            )
+        return super().__call__(*args, **kwargs)
+
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Switch between "sdpa", "eager" and "flex_attention" at run time.
 
@@ -536,10 +548,19 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             Whether `pooler_output` is computed.
         is_encoder_decoder (`bool`, *optional*, defaults to `False`):
             Whether it is part of an encoder-decoder model, whose configuration it then shares.
+        takes_packed (`bool`, *optional*, defaults to `True`):
+            Whether a row may hold several texts; not below a head with one answer for each row.
     """
 
-    def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True, is_encoder_decoder: bool = False):
+    def __init__(
+        self,
+        config: LSGAlbertConfig,
+        add_pooling_layer: bool = True,
+        is_encoder_decoder: bool = False,
+        takes_packed: bool = True,
+    ):
         super().__init__(config, is_encoder_decoder)
+        self.takes_packed = takes_packed and not is_encoder_decoder
         self.embeddings = LSGAlbertEmbeddings(self.config)
         self.encoder = LSGAlbertEncoder(self.config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
@@ -572,7 +593,10 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token types, 0 by default.
             position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
-                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default.
+                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default. Where all of them
+                count up by one, but begin again within a row, the row holds several texts: each gets the outputs that
+                it has alone, with global tokens of its own, and `pooler_output` and `global_hidden_states` have a row
+                for each text.
             head_mask:
                 Not supported; there for callers that pass `None` by position.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
@@ -586,7 +610,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
                 Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
 
         Raises:
-            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
+            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported, or several texts
+                are packed into a row below a head with one answer for each row.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -594,6 +619,23 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if head_mask is not None:
             raise ValueError("`head_mask` is not supported by LSG attention: leave it out.")
+        texts = find_texts(position_ids, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+        if texts is not None:
+            if output_attentions or not self.takes_packed:
+                raise ValueError(
+                    "`position_ids` begin again within a row: several texts are packed into it, of which "
+                    f"{'attention maps' if output_attentions else 'the head of this model'} cannot be told apart. Give "
+                    "each text a row of its own, with padding, and leave `position_ids` out."
+                )
+            output = self.forward(
+                texts.unpack(input_ids), texts.attention_mask, texts.unpack(token_type_ids),
+                texts.unpack(position_ids), None, texts.unpack(inputs_embeds),
+                output_hidden_states=output_hidden_states, return_dict=True,
+            )  # fmt: skip
+            output.last_hidden_state = texts.pack(output.last_hidden_state)
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(map(texts.pack, output.hidden_states))
+            return output if return_dict else output.to_tuple()
         batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -640,6 +682,71 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
         )
     if has_other_than_0_and_1(mask):
         raise ValueError(f"`{name}` must hold 1 for real tokens and 0 for masked ones, got other values.")
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Where the texts are in rows that hold several.
+
+    Args:
+        shape: (batch, length) of the rows.
+        token: (texts, longest) long, the place of each text's tokens among those of all rows.
+        is_token: (texts, longest) bool, False for the padding behind a text.
+        attention_mask: (texts, longest) bool, which tokens may be attended to.
+    """
+
+    shape: tuple[int, int]
+    token: Tensor
+    is_token: Tensor
+    attention_mask: Tensor
+
+    def unpack(self, x: Tensor | None) -> Tensor | None:
+        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...), with anything behind them."""
+        return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
+
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        """The reverse."""
+        return None if x is None else x[self.is_token].unflatten(0, self.shape)
+
+
+def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
+    """The texts of rows that hold several, None for other rows.
+
+    Args:
+        position_ids: (batch or 1, length). Texts are packed where all positions count up by one, but begin again
+            within a row, at 0 or where the row began.
+        given: the ids or embeddings (batch, length, ...).
+        attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
+
+    Raises:
+        ValueError: positions are given to a trace, which cannot look at them.
+    """
+    if position_ids is None or position_ids.is_meta or given is None or given.ndim < 2:
+        return None
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`position_ids` would say whether a row holds one text or several, which a trace cannot look at: leave them "
+            "out, and each row is one text."
+        )
+    shape = tuple(given.shape[:2])
+    if attention_mask is not None:
+        check_mask("attention_mask", attention_mask, shape)
+    if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"`position_ids` must have the shape (batch or 1, length), got {tuple(position_ids.shape)}.")
+    position_ids = position_ids.expand(shape)
+    visible = torch.ones_like(position_ids) if attention_mask is None else attention_mask.to(position_ids.device)
+    visible = visible.bool()
+    counts_up = F.pad(position_ids.diff() == 1, (1, 0))
+    begins = ((position_ids == 0) | (position_ids == position_ids[:, :1])) & ~counts_up & visible
+    is_packed = (begins | counts_up | ~visible).all() & (begins.sum(1) > 1).any() & counts_up.any()
+    if not is_packed:
+        return None
+    begins[:, 0] = True
+    first = begins.flatten().nonzero()
+    length = F.pad(first, (0, 0, 0, 1), value=begins.numel()).diff(dim=0)
+    place = torch.arange(int(length.max()), device=first.device)
+    token, is_token = (first + place).clamp(max=begins.numel() - 1), place < length
+    return PackedTexts(shape, token, is_token, visible.flatten()[token] & is_token)
 
 
 def has_other_than_0_and_1(mask: Tensor) -> bool:
@@ -749,7 +856,7 @@ class LSGAlbertForPreTraining(_WithMLMHead):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.predictions = LSGAlbertMLMHead(config)
         self.sop_classifier = LSGAlbertSOPHead(config)
         self.post_init()
@@ -1087,7 +1194,7 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -1191,7 +1298,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, takes_packed=False)
         self.albert.encoder.reads_padding = True  # its loss is a softmax over all tokens, padding included
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
@@ -1244,7 +1351,7 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -370,6 +371,23 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_batches(tiny_config, train
         assert results[size][0] == pytest.approx(results[8][0], rel=1e-5)
         for name, update in results[8][1].items():
             torch.testing.assert_close(results[size][1][name], update, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_class", [LSGAlbertForMaskedLM, LSGAlbertForTokenClassification])
+def test_texts_flattened_into_a_row_train_as_they_do_apart(tiny_config, train, model_class):
+    """`DataCollatorWithFlattening` labels the first token of no text."""
+    examples = texts(8, labels=lambda ids: [-100, *(token % 2 for token in ids[1:])])
+    config = tiny_config(classifier_dropout_prob=0)
+    start = model_class(config).state_dict()
+    results = []
+    for collator in (DataCollatorWithFlattening(), pad_rows):
+        model = model_class(config)
+        model.load_state_dict(start)
+        options = {"per_device_train_batch_size": 8, "max_steps": 2, "trainer_data_collator": collator}
+        results.append((train(model, examples, **options).train().training_loss, model))
+    (loss, flattened), (expected, padded) = results
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_same_weights(flattened, padded, atol=1e-4)
 
 
 def test_models_whose_loss_is_a_mean_over_texts_say_so():

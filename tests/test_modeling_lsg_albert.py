@@ -705,3 +705,140 @@ def test_fused_activation_is_the_plain_one_and_steps_aside_for_a_hook(tiny_confi
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hooked, plain, rtol=1e-5, atol=1e-5)
     assert len(heard) == model.config.num_hidden_layers
+
+
+# Several texts in a row
+
+LENGTHS = (3, 45, 16, 1, 100)
+
+
+def packed(lengths=LENGTHS, first=0):
+    """Texts one by one (1, length), and all of them in one row with the positions that tell them apart."""
+    texts = [torch.randint(5, 120, (1, length)) for length in lengths]
+    positions = torch.cat([torch.arange(first, first + length) for length in lengths])[None]
+    return texts, {"input_ids": torch.cat(texts, dim=1), "position_ids": positions}
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_first_token": True, "num_global_tokens": 3}], ids=str)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_packed_texts_are_what_they_are_alone(tiny_config, sparsity_type, fields):
+    model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type, max_position_embeddings=100, **fields)).eval()
+    texts, row = packed()
+    types = torch.randint(0, 2, row["input_ids"].shape)
+    alone = [
+        model(text, token_type_ids=part, output_hidden_states=True)
+        for text, part in zip(texts, types.split(LENGTHS, dim=1), strict=True)
+    ]
+    embeds = {"inputs_embeds": model.get_input_embeddings()(row["input_ids"]), "position_ids": row["position_ids"]}
+    for inputs in (row, embeds):
+        output = model(**inputs, token_type_ids=types, output_hidden_states=True)
+        assert len(output.hidden_states) == 3
+        for i, states in enumerate(output.hidden_states):
+            expected = torch.cat([x.hidden_states[i] for x in alone], dim=1)
+            torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+        assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
+        for name in ("pooler_output", "global_hidden_states"):
+            torch.testing.assert_close(output[name], torch.cat([x[name] for x in alone]), rtol=0, atol=1e-5)
+
+
+def test_packed_texts_give_the_gradients_that_they_give_alone(tiny_config):
+    model = LSGAlbertForMaskedLM(tiny_config())
+    texts, row = packed()
+    labels = torch.randint(5, 120, row["input_ids"].shape)
+    parts = zip(texts, labels.split(LENGTHS, dim=1), strict=True)
+    losses = [model(text, labels=part, num_items_in_batch=labels.numel()).loss for text, part in parts]
+    expected = torch.autograd.grad(sum(losses), model.parameters())
+    loss = model(**row, labels=labels).loss
+    torch.testing.assert_close(loss, sum(losses))
+    for actual, exact in zip(torch.autograd.grad(loss, model.parameters()), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_packed_texts_may_be_several_and_padded(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    (first, second), row = packed((30, 15))
+    (third,), _ = packed((40,))
+    ids = torch.cat([row["input_ids"], F.pad(third, (0, 5))])
+    mask = (ids != 0).long()
+    for padding in (0, 1, 40):  # positions of padding are of any kind
+        positions = torch.cat([row["position_ids"], F.pad(torch.arange(40), (0, 5), value=padding)[None]])
+        states = model(ids, mask, position_ids=positions).last_hidden_state
+        torch.testing.assert_close(states[:1, :30], model(first).last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[:1, 30:], model(second).last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[1:, :40], model(third).last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids[:1].repeat(2, 1), position_ids=row["position_ids"]).last_hidden_state, states[:1].repeat(2, 1, 1)
+    )
+
+
+def test_packed_positions_may_begin_above_zero(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    texts, row = packed((20, 30), first=2)
+    alone = [model(text, position_ids=torch.arange(2, 2 + text.shape[1])[None]).last_hidden_state for text in texts]
+    torch.testing.assert_close(model(**row).last_hidden_state, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [
+        (torch.arange(7, 47), torch.ones(40)),
+        (torch.zeros(40).long(), torch.ones(40)),
+        (torch.randperm(40), torch.ones(40)),
+        (torch.arange(40) // 2, torch.ones(40)),
+        (F.pad(torch.arange(30), (10, 0)), torch.arange(40) >= 10),  # padding on the left, in two conventions
+        (F.pad(torch.arange(30), (10, 0), value=1), torch.arange(40) >= 10),
+        (F.pad(torch.arange(30), (0, 10)), torch.arange(40) < 30),
+    ],
+)
+def test_positions_of_one_text_stay_positions(tiny_config, positions, mask):
+    model = LSGAlbertModel(tiny_config()).eval()
+    inputs = {
+        "input_ids": torch.randint(5, 120, (1, 40)), "attention_mask": mask.bool()[None],
+        "position_ids": positions[None],
+    }  # fmt: skip
+    expected = oracle_outputs(model, **inputs)["last_hidden_state"].float()
+    actual = model(**inputs).last_hidden_state
+    torch.testing.assert_close(actual[0, mask.bool()], expected[0, mask.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "ForPreTraining",
+        "ForSequenceClassification",
+        "ForQuestionAnswering",
+        "ForMultipleChoice",
+        "ForConditionalGeneration",
+    ],
+)
+def test_packed_texts_below_a_head_for_rows_are_refused(tiny_config, head):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config()).eval()
+    _, row = packed()
+    if head == "ForMultipleChoice":
+        row = {name: x[:, None] for name, x in row.items()}
+    with pytest.raises(ValueError, match="`position_ids` begin again within a row.*head"):
+        model(**row)
+
+
+def test_packed_texts_in_ways_that_do_not_work_are_refused(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    _, row = packed()
+    with pytest.raises(ValueError, match="`position_ids` begin again within a row.*maps"):
+        model(**row, output_attentions=True)
+    with pytest.raises(ValueError, match="`position_ids` must have the shape"):
+        model(row["input_ids"], position_ids=row["position_ids"][0])
+    with pytest.raises(ValueError, match="`input_ids` has 177 tokens"):
+        model(**packed((3, 177))[1])
+    for name in ("seq_idx", "cu_seq_lens_q", "max_length_k"):
+        with pytest.raises(ValueError, match=f"`{name}` is not supported.*`position_ids`"):
+            LSGAlbertForMaskedLM(tiny_config())(**row, **{name: torch.zeros(1, 165)})
+    with pytest.raises(ValueError, match="trace"):
+        torch.jit.trace(lambda ids, positions: model(ids, position_ids=positions)[0], tuple(row.values()))
+
+
+def test_packed_texts_are_told_apart_in_a_compiled_model(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    compiled = torch.compile(model, backend="eager")
+    for lengths in ((20, 30), (50,)):
+        _, row = packed(lengths)
+        torch.testing.assert_close(compiled(**row).last_hidden_state, model(**row).last_hidden_state)
