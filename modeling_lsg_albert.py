@@ -22,7 +22,12 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
+from .configuration_lsg_albert import (
+    MAX_GLOBAL_TOKENS,
+    LSGAlbertConfig,
+    check_attn_implementation,
+    check_problem_type,
+)
 from .lsg_attention import block_attention, is_traced, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
 from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached
@@ -438,6 +443,12 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
 
     def __init__(self, config: LSGAlbertConfig, is_encoder_decoder: bool = False):
+        if not hasattr(config, "check_fields"):
+            raise ValueError(
+                f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
+                "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
+                "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
+            )
         config.check_fields()  # fields may have been set since the configuration was made
         check_attn_implementation(config._attn_implementation)
         super().__init__(config_for(config, is_encoder_decoder))
@@ -1232,6 +1243,7 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem_type = self.config.problem_type
+        check_problem_type(problem_type)  # it may have been set since the model was made
         if problem_type is None and self.num_labels == 1:
             problem_type = "regression"
         elif problem_type is None:

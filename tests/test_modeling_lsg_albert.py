@@ -403,6 +403,13 @@ def test_losses_of_sequence_classification(tiny_config, problem):
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_kind_of_loss_with_a_typing_mistake_trains_nothing(tiny_config):
+    model = lsg_albert.LSGAlbertForSequenceClassification(tiny_config(num_labels=3))
+    model.config.problem_type = "singel_label_classification"
+    with pytest.raises(ValueError, match="`problem_type` .* did you mean 'single_label_classification'"):
+        model(**random_inputs(), labels=torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_tuples_hold_what_the_outputs_hold(tiny_config, head):
     model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(num_labels=2)).eval()
