@@ -205,7 +205,7 @@ class LSGAlbertAttention(nn.Module):
         pattern: LSGPattern,
         projections: tuple[Tensor, ...] = (),
         map_size: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         """Attend.
 
         Args:
@@ -216,9 +216,8 @@ class LSGAlbertAttention(nn.Module):
             map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
 
         Returns:
-            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) or None. The
-            context is computed from the map where there is one, so that gradients reach it; dropout then falls on its
-            weights.
+            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if one is
+            wanted. The context is then computed from it, so that gradients reach it, and dropout falls on its weights.
         """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
@@ -229,15 +228,15 @@ class LSGAlbertAttention(nn.Module):
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if implementation == "flex_attention":
             check_no_dropout(dropout)
-        attention_map = None
+        maps = []
         if map_size is None:
             attention = block_attention if isinstance(visible, BlockList) else lsg_attention
             context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
         else:
-            attention_map = lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size]
-            context = F.dropout(attention_map, dropout) @ value[:, :, :map_size]
+            maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])
+            context = F.dropout(maps[0], dropout) @ value[:, :, :map_size]
             context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
-        return context.transpose(-3, -2).flatten(-2), attention_map
+        return context.transpose(-3, -2).flatten(-2), *maps
 
     def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
         """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
@@ -257,13 +256,16 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.activation = get_activation(config.hidden_act)
         self.is_tanh_gelu = config.hidden_act in TANH_GELUS
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The new states and the map; arguments as in `LSGAlbertAttention.forward`."""
-        context, attention_map = self.attention(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The new states, and the map if one is wanted; arguments as in `LSGAlbertAttention.forward`.
+
+        All that is returned are tensors, which tools that hook layers count on.
+        """
+        context, *maps = self.attention(hidden_states, *args, **kwargs)
         size = self.chunk_size(hidden_states)
         chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
         states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
-        return states[0] if len(states) == 1 else torch.cat(states, dim=-2), attention_map
+        return states[0] if len(states) == 1 else torch.cat(states, dim=-2), *maps
 
     def chunk_size(self, hidden_states: Tensor) -> int:
         """How many tokens to take at a time after the attention, where no token needs another.
@@ -342,26 +344,30 @@ class LSGAlbertEncoder(nn.Module):
         padding = self.adaptive_padding(length)
         embeddings = F.pad(embeddings, (0, 0, 0, padding))
         visible = F.pad(visible, (0, padding), value=False)
-        in_blocks = visible.shape[1] > 2 * self.pattern.block_size and not output_attentions
+        is_long = visible.shape[1] > 2 * self.pattern.block_size
+        in_blocks = is_long and not output_attentions
+        blocks = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible)) if is_long else None
         if in_blocks:
-            visible = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible))
-            embeddings = visible.pack(embeddings)
+            visible = blocks
+            embeddings = blocks.pack(embeddings)
         states = self.embedding_hidden_mapping_in(embeddings)
         text_states, attention_maps = [], []
         projections = iter(self.projections_of_calls())
         for group_index in self.group_of_layer():
+            if output_attentions and is_long:
+                states = blocks.unpack(blocks.pack(states))  # padding is zeros, as it is without maps
             if output_hidden_states:
                 # Put together again, so that the part which is returned is what the next layer reads: it has a gradient.
-                rows = visible.unpack(states) if in_blocks else states
+                rows = blocks.unpack(states) if in_blocks else states
                 parts = rows.tensor_split([num_tokens - length, num_tokens], dim=1)
                 text_states.append(parts[1])
                 rows = torch.cat(parts, dim=1)
-                states = visible.pack(rows) if in_blocks else rows
+                states = blocks.pack(rows) if in_blocks else rows
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
-                states, attention_map = layer(states, visible, self.pattern, next(projections), map_size)
-                attention_maps.append(attention_map)
-        rows = visible.unpack(states) if in_blocks else states
+                states, *attention_map = layer(states, visible, self.pattern, next(projections), map_size)
+                attention_maps += attention_map
+        rows = blocks.unpack(states if in_blocks else blocks.pack(states)) if is_long else states
         return rows[:, :num_tokens], text_states, attention_maps
 
     def treatment_of_padding(self, visible: Tensor) -> str:
@@ -651,7 +657,9 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
-        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        embeddings = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )  # by name: tools that hook layers count on tensors among the positional arguments
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
         visible = attention_mask.to(embeddings.device, torch.bool)

@@ -410,6 +410,49 @@ def test_kind_of_loss_with_a_typing_mistake_trains_nothing(tiny_config):
         model(**random_inputs(), labels=torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("head", ["Model", "ForQuestionAnswering"])
+@pytest.mark.parametrize("fields", [{}, {"pack_padding": False}, {"mask_first_token": True}], ids=str)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_asking_for_maps_changes_nothing_else(tiny_config, sparsity_type, fields, head):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(sparsity_type=sparsity_type, **fields)).eval()
+    for length in (12, 45):
+        inputs = random_inputs(4, length)
+        inputs["attention_mask"][1, length // 3 :] = 0  # whole blocks of padding
+        inputs["attention_mask"][2, : length // 2] = 0
+        inputs["attention_mask"][3] = 0
+        with torch.no_grad():
+            expected = model(**inputs, output_hidden_states=True)
+            actual = model(**inputs, output_hidden_states=True, output_attentions=True)
+            maps_alone = model(**inputs, output_attentions=True).attentions
+        for name, tensors in expected.items():
+            torch.testing.assert_close(actual[name], tensors, rtol=0, atol=2e-5)
+        torch.testing.assert_close(maps_alone, actual.attentions, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("length", [12, 45])
+def test_hooks_on_any_module_get_tensors_and_may_replace_them(tiny_config, length, maps):
+    """As captum hooks the output of a layer: each is a tensor, or a tuple of nothing but tensors."""
+    model = lsg_albert.LSGAlbertForSequenceClassification(tiny_config()).eval()
+    inputs = random_inputs(length=length)
+    expected = model(**inputs, output_attentions=maps).logits
+
+    def double(module, args, output):
+        assert all(isinstance(x, torch.Tensor) for x in args[:1]), type(module)
+        if isinstance(output, tuple):
+            assert output[0].ndim >= 2
+            return tuple(x.clone() * 2 for x in output)
+        return output.clone() * 2
+
+    group = model.albert.encoder.albert_layer_groups[0]
+    for module in (group.albert_layers[0], group.albert_layers[0].attention, model.albert.embeddings):
+        hook = module.register_forward_hook(double)
+        assert not torch.allclose(model(**inputs, output_attentions=maps).logits, expected)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        model(inputs_embeds=embeds, output_attentions=maps)
+        hook.remove()
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_tuples_hold_what_the_outputs_hold(tiny_config, head):
     model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(num_labels=2)).eval()
