@@ -654,6 +654,19 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
                 output.hidden_states = tuple(map(texts.pack, output.hidden_states))
             return output if return_dict else output.to_tuple()
         batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
+        if batch_size == 0 and not is_traced():
+            # No rows have no blocks to speak of: the outputs are none of those of one row.
+            row = (
+                None if x is None else x.new_zeros(1, *x.shape[1:])
+                for x in (input_ids, attention_mask, token_type_ids)
+            )
+            embeds = None if inputs_embeds is None else inputs_embeds.new_zeros(1, *inputs_embeds.shape[1:])
+            output = self.forward(
+                *row, position_ids, None, embeds, output_attentions, output_hidden_states, return_dict=True
+            )
+            for name, x in output.items():
+                output[name] = tuple(y if y is None else y[:0] for y in x) if isinstance(x, tuple) else x[:0]
+            return output if return_dict else output.to_tuple()
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 

@@ -410,6 +410,26 @@ def test_kind_of_loss_with_a_typing_mistake_trains_nothing(tiny_config):
         model(**random_inputs(), labels=torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("length", [12, 100])
+@pytest.mark.parametrize("head", [*HEADS, "ForConditionalGeneration"])
+def test_outputs_of_an_empty_batch_are_empty(tiny_config, head, length):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config()).eval()
+    ids = torch.randint(5, 120, (2, 3, length) if head == "ForMultipleChoice" else (2, length))
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        full = model(**inputs, **asked)
+        empty = model(**{name: x[:0] for name, x in inputs.items()}, **asked)
+        assert empty.keys() == full.keys()
+        for name, tensors in full.items():
+            if isinstance(tensors, (tuple, torch.Tensor)):
+                pairs = (
+                    zip(tensors, empty[name], strict=True) if isinstance(tensors, tuple) else [(tensors, empty[name])]
+                )
+                assert all(none.shape == (0, *some.shape[1:]) for some, none in pairs), name
+    embeds = torch.zeros(0, *ids.shape[1:], 16)
+    assert model(inputs_embeds=embeds, **({"decoder_input_ids": ids[:0]} if "Gen" in head else {}))[0].shape[0] == 0
+
+
 @pytest.mark.parametrize("head", ["Model", "ForQuestionAnswering"])
 @pytest.mark.parametrize("fields", [{}, {"pack_padding": False}, {"mask_first_token": True}], ids=str)
 @pytest.mark.parametrize("sparsity_type", TYPES)
