@@ -61,6 +61,8 @@ _NONE_ALLOWED = (
     "decoder_start_token_id",
 )
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
+_FLOATS = (*_PROBABILITIES, "initializer_range", "layer_norm_eps")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _BOOLEANS = (
     "use_cache",
     "tie_word_embeddings",
@@ -111,7 +113,7 @@ class LSGAlbertConfig(PretrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer normalizations.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout before a classifier; `None` means `hidden_dropout_prob`.
+            Dropout before a classifier; `None` means `hidden_dropout_prob`, and is saved as that number.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
             `"absolute"` adds position embeddings. ALBERT's other values are accepted with a warning and add none.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to 0, 2, 3):
@@ -119,7 +121,8 @@ class LSGAlbertConfig(PretrainedConfig):
         decoder_start_token_id (`int`, *optional*):
             Id that a decoder starts with; `None` means `bos_token_id`.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a decoder returns the keys and values that the next token needs.
+            Whether a decoder returns the keys and values that the next token needs. Read from the file of a
+            sequence-to-sequence model only: that of an encoder has no say in it.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
@@ -252,16 +255,29 @@ class LSGAlbertConfig(PretrainedConfig):
             **kwargs,
         )
         check_attn_implementation(self._attn_implementation)
+        check_problem_type(self.problem_type)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary."""
+        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary, and
+        `use_cache` of an encoder's dictionary is left out: a `Trainer` leaves a false there, which would slow down a
+        decoder that is made from it."""
         fields = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", "kwargs"}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         merged = {}
         for values in (config_dict, overrides):
             merged.update({cls.attribute_map.get(name, name): value for name, value in values.items()})
+        if not config_dict.get("is_encoder_decoder") and "use_cache" not in overrides:
+            merged.pop("use_cache", None)
         return super().from_dict(merged, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `PretrainedConfig`, in the types that transformers' own ALBERT asks for: a float in place of an integer,
+        and the dropout that the `None` of `classifier_dropout_prob` means."""
+        fields = super().to_dict()
+        if fields["classifier_dropout_prob"] is None:
+            fields["classifier_dropout_prob"] = fields["hidden_dropout_prob"]
+        return fields | {name: float(fields[name]) for name in _FLOATS if isinstance(fields[name], int)}
 
     @property
     def is_sparse(self) -> bool:
@@ -365,6 +381,16 @@ def check_attn_implementation(name: str | None) -> None:
             f'Specified `attn_implementation="{name}"` is not supported by LSG attention. Use "sdpa" (the default, '
             'torch.nn.functional.scaled_dot_product_attention), "eager", or "flex_attention" (compiled).'
         )
+
+
+def check_problem_type(name: str | None) -> None:
+    """Refuse a kind of loss that does not exist; None leaves the choice to the labels.
+
+    Raises:
+        ValueError: `name` is neither None nor one of `_PROBLEM_TYPES`.
+    """
+    if name is not None:
+        _check_name("problem_type", name, _PROBLEM_TYPES)
 
 
 def _check_name(field: str, value: Any, known: tuple[str, ...]) -> None:

@@ -22,7 +22,12 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
+from .configuration_lsg_albert import (
+    MAX_GLOBAL_TOKENS,
+    LSGAlbertConfig,
+    check_attn_implementation,
+    check_problem_type,
+)
 from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
 from .lsg_blocks import BlockList, list_blocks
 
@@ -44,6 +49,8 @@ DECODING_ARGUMENTS = (
     "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
     "output_hidden_states", "decoder_inputs_embeds",
 )  # fmt: skip
+
+_MARKS_OF_PACKING = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
 
@@ -222,7 +229,7 @@ class LSGAlbertAttention(nn.Module):
         pattern: LSGPattern,
         projections: tuple[Tensor, ...] = (),
         map_size: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         """Attend.
 
         Args:
@@ -233,9 +240,8 @@ class LSGAlbertAttention(nn.Module):
             map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
 
         Returns:
-            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) or None. The
-            context is computed from the map where there is one, so that gradients reach it; dropout then falls on its
-            weights.
+            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if one is
+            wanted. The context is then computed from it, so that gradients reach it, and dropout falls on its weights.
         """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
@@ -246,15 +252,15 @@ class LSGAlbertAttention(nn.Module):
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if implementation == "flex_attention":
             check_no_dropout(dropout)
-        attention_map = None
+        maps = []
         if map_size is None:
             attention = block_attention if isinstance(visible, BlockList) else lsg_attention
             context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
         else:
-            attention_map = lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size]
-            context = F.dropout(attention_map, dropout) @ value[:, :, :map_size]
+            maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])
+            context = F.dropout(maps[0], dropout) @ value[:, :, :map_size]
             context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
-        return context.transpose(-3, -2).flatten(-2), attention_map
+        return context.transpose(-3, -2).flatten(-2), *maps
 
     def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
         """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
@@ -274,15 +280,18 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.activation = get_activation(config.hidden_act)
         self.is_tanh_gelu = config.hidden_act in TANH_GELUS
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The new states and the map; arguments as in `LSGAlbertAttention.forward`."""
-        context, attention_map = self.attention(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The new states, and the map if one is wanted; arguments as in `LSGAlbertAttention.forward`.
+
+        All that is returned are tensors, which tools that hook layers count on.
+        """
+        context, *maps = self.attention(hidden_states, *args, **kwargs)
         size = self.chunk_size(hidden_states)
         if size is None:
-            return self.feed_forward(self.attention.add_context(hidden_states, context)), attention_map
+            return self.feed_forward(self.attention.add_context(hidden_states, context)), *maps
         chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
         states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
-        return torch.cat(states, dim=-2), attention_map
+        return torch.cat(states, dim=-2), *maps
 
     def chunk_size(self, hidden_states: Tensor) -> int | None:
         """How many tokens to take at a time after the attention, where no token needs another; None for all at once.
@@ -363,27 +372,31 @@ class LSGAlbertEncoder(nn.Module):
         padding = self.adaptive_padding(length)
         embeddings = F.pad(embeddings, (0, 0, 0, padding))
         visible = F.pad(visible, (0, padding), value=False)
-        in_blocks = (is_exported() or visible.shape[1] > self.pattern.full_length) and not output_attentions
+        is_long = is_exported() or visible.shape[1] > self.pattern.full_length
+        in_blocks = is_long and not output_attentions
+        blocks = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible)) if is_long else None
         if in_blocks:
-            visible = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible))
-            embeddings = visible.pack(embeddings)
+            visible = blocks
+            embeddings = blocks.pack(embeddings)
         states = self.embedding_hidden_mapping_in(embeddings)
         text_states, attention_maps = [], []
         projections = iter(self.projections_of_calls())
         for group_index in self.group_of_layer():
+            if output_attentions and is_long:
+                states = blocks.unpack(blocks.pack(states))  # padding is zeros, as it is without maps
             if output_hidden_states:
-                rows = visible.unpack(states) if in_blocks else states
+                rows = blocks.unpack(states) if in_blocks else states
                 text_states.append(first_tokens(rows, num_tokens)[:, num_tokens - length :])
                 if not is_exported():
                     # Put together again, so that what is returned is what the next layer reads: it has a gradient.
                     parts = rows[:, : num_tokens - length], text_states[-1], rows[:, num_tokens:]
                     rows = torch.cat(parts, dim=1)
-                    states = visible.pack(rows) if in_blocks else rows
+                    states = blocks.pack(rows) if in_blocks else rows
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
-                states, attention_map = layer(states, visible, self.pattern, next(projections), map_size)
-                attention_maps.append(attention_map)
-        rows = visible.unpack(states) if in_blocks else states
+                states, *attention_map = layer(states, visible, self.pattern, next(projections), map_size)
+                attention_maps += attention_map
+        rows = blocks.unpack(states if in_blocks else blocks.pack(states)) if is_long else states
         return first_tokens(rows, num_tokens), text_states, attention_maps
 
     def treatment_of_padding(self, visible: Tensor) -> str:
@@ -475,9 +488,25 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
 
     def __init__(self, config: LSGAlbertConfig, is_encoder_decoder: bool = False):
+        if not hasattr(config, "check_fields"):
+            raise ValueError(
+                f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
+                "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
+                "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
+            )
         config.check_fields()  # fields may have been set since the configuration was made
         check_attn_implementation(config._attn_implementation)
         super().__init__(config_for(config, is_encoder_decoder))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A `forward` that took these with `**kwargs` would have to use or refuse whatever else comes.
+        given = _MARKS_OF_PACKING & kwargs.keys()
+        if given:
+            raise ValueError(
+                f"`{min(given)}` is not supported: give `position_ids` that begin again at 0 with each text, and no other "
+                "mark of where texts are (`DataCollatorWithFlattening()` as it is by default)."
+            )
+        return super().__call__(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
         """Switch between "sdpa", "eager" and "flex_attention" at run time.
@@ -575,10 +604,19 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             Whether `pooler_output` is computed.
         is_encoder_decoder (`bool`, *optional*, defaults to `False`):
             Whether it is part of an encoder-decoder model, whose configuration it then shares.
+        takes_packed (`bool`, *optional*, defaults to `True`):
+            Whether a row may hold several texts; not below a head with one answer for each row.
     """
 
-    def __init__(self, config: LSGAlbertConfig, add_pooling_layer: bool = True, is_encoder_decoder: bool = False):
+    def __init__(
+        self,
+        config: LSGAlbertConfig,
+        add_pooling_layer: bool = True,
+        is_encoder_decoder: bool = False,
+        takes_packed: bool = True,
+    ):
         super().__init__(config, is_encoder_decoder)
+        self.takes_packed = takes_packed and not is_encoder_decoder
         self.embeddings = LSGAlbertEmbeddings(self.config)
         self.encoder = LSGAlbertEncoder(self.config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
@@ -611,7 +649,10 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token types, 0 by default.
             position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
-                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default.
+                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default. Where all of them
+                count up by one, but begin again within a row, the row holds several texts: each gets the outputs that
+                it has alone, with global tokens of its own, and `pooler_output` and `global_hidden_states` have a row
+                for each text.
             head_mask:
                 Not supported; there for callers that pass `None` by position.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
@@ -625,7 +666,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
                 Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
 
         Raises:
-            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
+            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported, or several texts
+                are packed into a row below a head with one answer for each row.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -633,11 +675,43 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if head_mask is not None:
             raise ValueError("`head_mask` is not supported by LSG attention: leave it out.")
+        texts = find_texts(position_ids, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+        if texts is not None:
+            if output_attentions or not self.takes_packed:
+                raise ValueError(
+                    "`position_ids` begin again within a row: several texts are packed into it, of which "
+                    f"{'attention maps' if output_attentions else 'the head of this model'} cannot be told apart. Give "
+                    "each text a row of its own, with padding, and leave `position_ids` out."
+                )
+            output = self.forward(
+                texts.unpack(input_ids), texts.attention_mask, texts.unpack(token_type_ids),
+                texts.unpack(position_ids), None, texts.unpack(inputs_embeds),
+                output_hidden_states=output_hidden_states, return_dict=True,
+            )  # fmt: skip
+            output.last_hidden_state = texts.pack(output.last_hidden_state)
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(map(texts.pack, output.hidden_states))
+            return output if return_dict else output.to_tuple()
         batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
+        if batch_size == 0 and not is_traced():
+            # No rows have no blocks to speak of: the outputs are none of those of one row.
+            row = (
+                None if x is None else x.new_zeros(1, *x.shape[1:])
+                for x in (input_ids, attention_mask, token_type_ids)
+            )
+            embeds = None if inputs_embeds is None else inputs_embeds.new_zeros(1, *inputs_embeds.shape[1:])
+            output = self.forward(
+                *row, position_ids, None, embeds, output_attentions, output_hidden_states, return_dict=True
+            )
+            for name, x in output.items():
+                output[name] = tuple(y if y is None else y[:0] for y in x) if isinstance(x, tuple) else x[:0]
+            return output if return_dict else output.to_tuple()
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
 
-        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        embeddings = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )  # by name: tools that hook layers count on tensors among the positional arguments
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
         visible = attention_mask.to(embeddings.device, torch.bool)
@@ -682,6 +756,71 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"`{name}` must hold 1 for real tokens and 0 for masked ones, got other values.")
 
 
+@dataclass(frozen=True)
+class PackedTexts:
+    """Where the texts are in rows that hold several.
+
+    Args:
+        shape: (batch, length) of the rows.
+        token: (texts, longest) long, the place of each text's tokens among those of all rows.
+        is_token: (texts, longest) bool, False for the padding behind a text.
+        attention_mask: (texts, longest) bool, which tokens may be attended to.
+    """
+
+    shape: tuple[int, int]
+    token: Tensor
+    is_token: Tensor
+    attention_mask: Tensor
+
+    def unpack(self, x: Tensor | None) -> Tensor | None:
+        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...), with anything behind them."""
+        return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
+
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        """The reverse."""
+        return None if x is None else x[self.is_token].unflatten(0, self.shape)
+
+
+def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
+    """The texts of rows that hold several, None for other rows.
+
+    Args:
+        position_ids: (batch or 1, length). Texts are packed where all positions count up by one, but begin again
+            within a row, at 0 or where the row began.
+        given: the ids or embeddings (batch, length, ...).
+        attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
+
+    Raises:
+        ValueError: positions are given to a trace, which cannot look at them.
+    """
+    if position_ids is None or position_ids.is_meta or given is None or given.ndim < 2:
+        return None
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`position_ids` would say whether a row holds one text or several, which a trace cannot look at: leave them "
+            "out, and each row is one text."
+        )
+    shape = tuple(given.shape[:2])
+    if attention_mask is not None:
+        check_mask("attention_mask", attention_mask, shape)
+    if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"`position_ids` must have the shape (batch or 1, length), got {tuple(position_ids.shape)}.")
+    position_ids = position_ids.expand(shape)
+    visible = torch.ones_like(position_ids) if attention_mask is None else attention_mask.to(position_ids.device)
+    visible = visible.bool()
+    counts_up = F.pad(position_ids.diff() == 1, (1, 0))
+    begins = ((position_ids == 0) | (position_ids == position_ids[:, :1])) & ~counts_up & visible
+    is_packed = (begins | counts_up | ~visible).all() & (begins.sum(1) > 1).any() & counts_up.any()
+    if not is_packed:
+        return None
+    begins[:, 0] = True
+    first = begins.flatten().nonzero()
+    length = F.pad(first, (0, 0, 0, 1), value=begins.numel()).diff(dim=0)
+    place = torch.arange(int(length.max()), device=first.device)
+    token, is_token = (first + place).clamp(max=begins.numel() - 1), place < length
+    return PackedTexts(shape, token, is_token, visible.flatten()[token] & is_token)
+
+
 def has_other_than_0_and_1(mask: Tensor) -> bool:
     """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
     look would make the processor wait for the device."""
@@ -711,17 +850,14 @@ class LSGAlbertMLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
         self.activation = get_activation(config.hidden_act)
-        self._tie_weights()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocab_size)."""
         return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
 
     def _tie_weights(self) -> None:
-        # transformers 4 calls this after loading, which may have put a parameter in the place of either name of the
-        # bias; a file has one of them, and the other one may still be without values.
-        if self.bias.is_meta:
-            self.bias = self.decoder.bias
+        # Only transformers 4 calls this. The two names are not tied here from the start: what is one parameter already
+        # on the meta device, transformers 5 takes for loaded where a file has neither name.
         self.decoder.bias = self.bias
 
 
@@ -744,14 +880,24 @@ def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if own is None else own)
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of scores (..., classes) for labels (...); -100 is left out."""
-    return F.cross_entropy(logits.flatten(0, -2), labels.to(logits.device).flatten())
+def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Cross entropy of scores (..., classes) for labels (...); -100 is left out.
+
+    It is the mean, or the sum divided by `num_items` where a step of training counts the labels of several batches.
+    """
+    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
+    if num_items is None:
+        return F.cross_entropy(logits, labels)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(logits.device).flatten()[0]  # `DataParallel` hands a matrix to each device
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / num_items  # float16 would overflow
 
 
 class _WithMLMHead(LSGAlbertPreTrainedModel):
     """A model whose `predictions` share the word embeddings."""
 
+    accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
     # transformers 5 wants {target: source}; transformers 4 reads the keys.
     _tied_weights_keys = {
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
@@ -762,6 +908,12 @@ class _WithMLMHead(LSGAlbertPreTrainedModel):
         # Only transformers 5 calls this. The bias has two names also where `tie_word_embeddings` is False.
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         return {**tied, "predictions.decoder.bias": "predictions.bias"}
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        # A file has one name of the bias, and loading may have put a parameter in that place alone.
+        if self.predictions.bias.is_meta and not self.predictions.decoder.bias.is_meta:
+            self.predictions.bias = self.predictions.decoder.bias
+        super().tie_weights(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.predictions.decoder
@@ -776,7 +928,7 @@ class LSGAlbertForPreTraining(_WithMLMHead):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.predictions = LSGAlbertMLMHead(config)
         self.sop_classifier = LSGAlbertSOPHead(config)
         self.post_init()
@@ -794,6 +946,7 @@ class LSGAlbertForPreTraining(_WithMLMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | LSGAlbertForPreTrainingOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -803,6 +956,10 @@ class LSGAlbertForPreTraining(_WithMLMHead):
                 Ids of the masked tokens, -100 elsewhere.
             sentence_order_label (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 0 for the original order, 1 for the switched one. The loss needs both labels.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them. It
+                counts no sentences, so each text's order then counts as often as the text has masked tokens: the loss
+                does not depend on how a step is cut into batches.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -813,7 +970,12 @@ class LSGAlbertForPreTraining(_WithMLMHead):
         sop_logits = self.sop_classifier(outputs.pooler_output)
         loss = None
         if labels is not None and sentence_order_label is not None:
-            loss = token_loss(prediction_logits, labels) + token_loss(sop_logits, sentence_order_label)
+            order_logits, order = sop_logits, sentence_order_label
+            if num_items_in_batch is not None:
+                order_logits = sop_logits[:, None].expand(*labels.shape, -1)
+                order = order.view(-1, 1).to(labels.device).where(labels != -100, -100)
+            loss = token_loss(prediction_logits, labels, num_items_in_batch)
+            loss = loss + token_loss(order_logits, order, num_items_in_batch)
         output = LSGAlbertForPreTrainingOutput(
             loss, prediction_logits, sop_logits, outputs.hidden_states, outputs.attentions
         )
@@ -841,6 +1003,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | MaskedLMOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -848,6 +1011,8 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids of the masked tokens, -100 elsewhere.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -855,7 +1020,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.predictions(outputs.last_hidden_state)
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         output = MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if return_dict else output.to_tuple()
 
@@ -882,13 +1047,17 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`, and what an encoder's checkpoint lacks is filled in: cross-attentions that the
-        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config."""
+        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config, and
+        its `use_cache`, which an encoder's file has no say in."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
         model.decoder.copy_self_attentions(model.albert.encoder.albert_layer_groups, missing)
         for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, getattr(model.config, name))
+        is_encoders = any(name.startswith("cross_attentions.") for name in missing)
+        if is_encoders and kwargs.get("generation_config") is None:
+            model.generation_config.use_cache = model.config.use_cache
         return (model, info) if output_loading_info else model
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> LSGAlbertModel:
@@ -933,6 +1102,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         return_dict: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         cache: Any = None,
     ) -> tuple | Seq2SeqLMOutput:
         r"""
@@ -953,6 +1123,8 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Ids that the decoder is to predict, -100 where there is none.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
             use_cache (`bool`, *optional*):
                 Whether to return the cache: as `cache` from transformers 5.24 on, and as `past_key_values` before. It
                 is never returned with labels, or in training with gradient checkpointing.
@@ -1003,7 +1175,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         logits = self.predictions(states)
         encoder_outputs = encoder_outputs or LSGAlbertModelOutput()
         output = Seq2SeqLMOutput(
-            None if labels is None else token_loss(logits, labels),
+            None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits,
             cache if use_cache else None,  # by its place, which is the same in all releases
             decoder_hidden_states=select_states([*all_states, states], output_hidden_states),
@@ -1101,7 +1273,7 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -1139,6 +1311,7 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem_type = self.config.problem_type
+        check_problem_type(problem_type)  # it may have been set since the model was made
         if problem_type is None and self.num_labels == 1:
             problem_type = "regression"
         elif problem_type is None:
@@ -1154,6 +1327,8 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 
 class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
     """A classifier of every token."""
+
+    accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
@@ -1175,6 +1350,7 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
     ) -> tuple | TokenClassifierOutput:
         r"""
         Inputs as in [`LSGAlbertModel`], and:
@@ -1182,6 +1358,8 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The tokens' classes, -100 where there is none.
+            num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -1189,7 +1367,7 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else token_loss(logits, labels, num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if return_dict else output.to_tuple()
 
@@ -1200,7 +1378,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False)
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, takes_packed=False)
         self.albert.encoder.reads_padding = True  # its loss is a softmax over all tokens, padding included
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
@@ -1253,7 +1431,7 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
-        self.albert = LSGAlbertModel(self.config)
+        self.albert = LSGAlbertModel(self.config, takes_packed=False)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()

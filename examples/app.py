@@ -148,11 +148,11 @@ def attention_rows(model: Any, token: int) -> Iterator[list[Tensor]]:
         values.append(value.detach().requires_grad_())
         return values[-1]
 
-    def after(module: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        context, attention_map = output
+    def after(module: Any, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        context, *maps = output
         (gradient,) = torch.autograd.grad(by_head(context)[place, :, 0].sum(), values.pop())
         rows.append(by_head(gradient)[:, :, 0].T.clone())
-        return context.detach(), attention_map
+        return context.detach(), *maps
 
     attentions = [layer.attention for g in model.albert.encoder.albert_layer_groups for layer in g.albert_layers]
     hooks = [attention.value.register_forward_hook(before) for attention in attentions]

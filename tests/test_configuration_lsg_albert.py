@@ -8,8 +8,8 @@ import math
 import pytest
 from transformers import AlbertConfig
 
-from helpers import logged_warnings
-from lsg_albert import LSGAlbertConfig, LSGAlbertModel
+from helpers import ROOT, logged_warnings
+from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.configuration_lsg_albert import ATTN_IMPLEMENTATIONS, AUTO_MAP, SPARSITY_TYPES
 
 INTEGERS = [
@@ -103,14 +103,43 @@ def test_unknown_sparsity_type_gets_the_nearest_name(tiny_config, typo, nearest)
     ],
     ids=str,
 )  # fmt: skip
-def test_legal_corner_values_are_accepted_and_kept(tiny_config, fields):
+def test_legal_corner_values_are_accepted_and_kept(tiny_config, tmp_path, fields):
     with logged_warnings() as messages:
         config = tiny_config(**fields)
     assert not messages
     for field, value in fields.items():
         assert getattr(config, field) == value
     again = LSGAlbertConfig.from_dict(json.loads(config.to_json_string()))
+    if fields == {"classifier_dropout_prob": None}:
+        fields = {"classifier_dropout_prob": config.hidden_dropout_prob}  # what it means
     assert {field: getattr(again, field) for field in fields} == fields
+    # Without remote code it is a plain ALBERT's, whose types transformers 5 checks.
+    config.save_pretrained(tmp_path)
+    AlbertConfig.from_pretrained(tmp_path)
+
+
+def test_values_set_later_are_saved_in_types_that_plain_albert_reads(tiny_config, tmp_path):
+    config = tiny_config(hidden_dropout_prob=0.3)
+    config.classifier_dropout_prob, config.initializer_range, config.layer_norm_eps = None, 1, 2
+    config.save_pretrained(tmp_path)
+    assert (config.classifier_dropout_prob, config.initializer_range) == (None, 1)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["classifier_dropout_prob"], saved["initializer_range"], saved["layer_norm_eps"]) == (0.3, 1.0, 2.0)
+    assert all(isinstance(saved[field], float) for field in ("initializer_range", "layer_norm_eps"))
+    AlbertConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("typo", ["singel_label_classification", "multi_label", ["regression"], 1])
+def test_kind_of_loss_that_does_not_exist_is_refused(tiny_config, typo):
+    with pytest.raises(ValueError, match="`problem_type`"):
+        tiny_config(problem_type=typo)
+
+
+@pytest.mark.parametrize("given", [AlbertConfig(hidden_size=64, num_attention_heads=4), {"hidden_size": 64}, None])
+def test_another_models_configuration_is_refused_with_the_right_call(given):
+    for model_class in (LSGAlbertModel, LSGAlbertForMaskedLM, LSGAlbertForConditionalGeneration):
+        with pytest.raises(ValueError, match=f"`LSGAlbertConfig`, got {type(given).__name__}.*trust_remote_code"):
+            model_class(given)
 
 
 @pytest.mark.parametrize("sparsity_type", [*SPARSITY_TYPES, None])
@@ -348,3 +377,25 @@ def test_attention_that_lsg_has_is_kept_and_not_written(tiny_config):
         config = tiny_config(attn_implementation=implementation)
         assert config._attn_implementation == implementation
         assert implementation not in config.to_json_string()
+
+
+# The cache of a decoder
+
+
+def test_false_that_a_trainer_left_in_an_encoders_file_is_not_a_decoders(tiny_config, tmp_path):
+    LSGAlbertForMaskedLM(tiny_config(use_cache=False)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is False
+    decoder = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path)
+    assert decoder.config.use_cache and decoder.generation_config.use_cache
+    asked = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path, use_cache=False)
+    assert not asked.config.use_cache and not asked.generation_config.use_cache
+
+
+def test_a_decoders_own_false_is_kept(tiny_config, tmp_path):
+    LSGAlbertForConditionalGeneration(tiny_config(use_cache=False)).save_pretrained(tmp_path)
+    loaded = LSGAlbertForConditionalGeneration.from_pretrained(tmp_path)
+    assert not loaded.config.use_cache and not loaded.generation_config.use_cache
+
+
+def test_the_roots_file_says_true():
+    assert json.loads((ROOT / "config.json").read_text())["use_cache"] is True

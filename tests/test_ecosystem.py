@@ -1,5 +1,6 @@
 """Pipelines on long documents, and the Trainer, with small random models and the root's tokenizer."""
 
+import inspect
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -19,6 +21,7 @@ from transformers import (
 
 from helpers import ROOT, checkpointing_arguments, logged_warnings, write_repository
 from lsg_albert import (
+    LSGAlbertForConditionalGeneration,
     LSGAlbertForMaskedLM,
     LSGAlbertForPreTraining,
     LSGAlbertForQuestionAnswering,
@@ -314,3 +317,82 @@ def test_question_answering_labels_are_found_and_scored(tiny_config, tokenizer, 
 def test_pretraining_labels_are_found(tiny_config, train):
     trainer = train(LSGAlbertForPreTraining(tiny_config()), texts(1))
     assert trainer.label_names == ["labels", "sentence_order_label"]
+
+
+def pad_rows(examples):
+    """A batch of examples whose labels are as long as their ids; what has no length is stacked."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    fill = {"input_ids": 0, "labels": -100}
+    batch = {
+        name: torch.tensor([[*row[name], *[fill[name]] * (longest - len(row[name]))] for row in examples])
+        for name in fill
+    }
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    if "sentence_order_label" in examples[0]:
+        batch["sentence_order_label"] = torch.tensor([row["sentence_order_label"] for row in examples])
+    return batch
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.48"), reason="its Trainer does not count the labels of a step"
+)
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        LSGAlbertForMaskedLM,
+        LSGAlbertForPreTraining,
+        LSGAlbertForTokenClassification,
+        LSGAlbertForConditionalGeneration,
+    ],
+)
+def test_a_step_does_not_depend_on_how_it_is_cut_into_batches(tiny_config, train, model_class):
+    """Eight texts with 1 to 50 labels each, as one batch, two and eight."""
+    examples = []
+    for i, count in enumerate((1, 50, 3, 40, 2, 25, 1, 10)):
+        ids = torch.randint(5, 100, (60 + 7 * i,)).tolist()
+        labels = torch.full((len(ids),), -100)
+        labels[torch.randperm(len(ids))[:count]] = torch.randint(0, 2, (count,))
+        examples.append({"input_ids": ids, "labels": labels.tolist()})
+        if model_class is LSGAlbertForPreTraining:
+            examples[-1]["sentence_order_label"] = i % 2
+    config = tiny_config(classifier_dropout_prob=0)
+    start = model_class(config).state_dict()
+    results = {}
+    for size in (8, 4, 1):
+        model = model_class(config)
+        model.load_state_dict(start)
+        trainer = train(
+            model, examples, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1,
+            optim="sgd", learning_rate=0.1, max_grad_norm=0, trainer_data_collator=pad_rows,
+        )  # fmt: skip
+        loss = trainer.train().training_loss
+        results[size] = loss, {name: weight - start[name] for name, weight in model.state_dict().items()}
+    for size in (4, 1):
+        assert results[size][0] == pytest.approx(results[8][0], rel=1e-5)
+        for name, update in results[8][1].items():
+            torch.testing.assert_close(results[size][1][name], update, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_class", [LSGAlbertForMaskedLM, LSGAlbertForTokenClassification])
+def test_texts_flattened_into_a_row_train_as_they_do_apart(tiny_config, train, model_class):
+    """`DataCollatorWithFlattening` labels the first token of no text."""
+    examples = texts(8, labels=lambda ids: [-100, *(token % 2 for token in ids[1:])])
+    config = tiny_config(classifier_dropout_prob=0)
+    start = model_class(config).state_dict()
+    results = []
+    for collator in (DataCollatorWithFlattening(), pad_rows):
+        model = model_class(config)
+        model.load_state_dict(start)
+        options = {"per_device_train_batch_size": 8, "max_steps": 2, "trainer_data_collator": collator}
+        results.append((train(model, examples, **options).train().training_loss, model))
+    (loss, flattened), (expected, padded) = results
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_same_weights(flattened, padded, atol=1e-4)
+
+
+def test_models_whose_loss_is_a_mean_over_texts_say_so():
+    """The Trainer then divides by the number of batches of a step itself."""
+    for model_class in (LSGAlbertForSequenceClassification, LSGAlbertForQuestionAnswering):
+        assert not hasattr(model_class, "accepts_loss_kwargs")
+        parameters = inspect.signature(model_class.forward).parameters.values()
+        assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

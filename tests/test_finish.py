@@ -1,5 +1,7 @@
 """From a trained LSG-ALBERT to the root's model: what must not change in that step does not."""
 
+import json
+
 import pytest
 import torch
 from transformers import AlbertForMaskedLM
@@ -15,6 +17,7 @@ SHORT = torch.cat([torch.tensor([[2]]), torch.arange(5, 19)[None], torch.tensor(
 def trained(tmp_path):
     """A directory with a model whose global token is not [CLS], as after training."""
     config = LSGAlbertConfig(**TINY, mask_first_token=True, hidden_act="gelu_pytorch_tanh")
+    config.use_cache = False  # as the Trainer leaves it
     LSGAlbertForMaskedLM(config).save_pretrained(tmp_path / "trained")
     return tmp_path / "trained"
 
@@ -31,6 +34,7 @@ def test_finished_model_is_the_trained_one_and_plain_alberts_equal(trained, tmp_
     assert finish.main([str(trained), str(root)]) == 0
     assert sorted(path.name for path in root.iterdir()) == ["config.json", "model.safetensors"]
     assert LSGAlbertConfig.from_pretrained(root).hidden_act == "gelu_new"
+    assert json.loads((root / "config.json").read_text())["use_cache"] is True
     others = [token for token in range(120) if token != 2]  # the score of [CLS] itself is another
     for ids in (SHORT, torch.cat([SHORT[:, :1], torch.randint(5, 120, (1, 100))], dim=1)):
         torch.testing.assert_close(logits(root, ids)[..., others], logits(trained, ids)[..., others])

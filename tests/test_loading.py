@@ -9,7 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -312,6 +312,68 @@ def rename_bias(folder):
         stored = {name: file.get_tensor(name) for name in file.keys()}
     stored["predictions.decoder.bias"] = stored.pop("predictions.bias")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+WITHOUT_MLM_HEAD = (
+    "AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering", "AutoModelForMultipleChoice",
+)  # fmt: skip
+BIAS = {"predictions.bias", "predictions.decoder.bias"}
+
+
+def on_meta(model):
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return [name for name, tensor in tensors if tensor.is_meta]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("auto_name", WITH_MLM_HEAD)
+@pytest.mark.parametrize("source", WITHOUT_MLM_HEAD)
+def test_head_that_a_checkpoint_has_not_is_drawn_and_named(tiny_config, tmp_path, source, auto_name, tied):
+    saved = make_model(tiny_config(tie_word_embeddings=tied), source)
+    saved.save_pretrained(tmp_path)
+    for options in ({}, {"device_map": "cpu"}):
+        loaded, info = load(auto_name, tmp_path, output_loading_info=True, **options)
+        assert set(info["missing_keys"]) >= BIAS
+        assert not on_meta(loaded)
+        assert loaded.predictions.bias.count_nonzero() == 0
+        assert loaded.predictions.decoder.bias is loaded.predictions.bias
+        words = loaded.albert.embeddings.word_embeddings.weight
+        assert torch.equal(words, getattr(saved, "albert", saved).embeddings.word_embeddings.weight)
+        assert (loaded.predictions.decoder.weight is words) == tied
+        assert first_output(loaded).isfinite().all()
+    load(auto_name, tmp_path).save_pretrained(tmp_path / "again")
+    assert not any(load(auto_name, tmp_path / "again", output_loading_info=True)[1].values())
+
+
+@pytest.mark.parametrize("auto_name", WITH_MLM_HEAD)
+def test_bias_that_a_file_has_under_no_name_is_zero_and_named(model, tmp_path, auto_name):
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["predictions.bias"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = load(auto_name, tmp_path, output_loading_info=True)
+    assert {name for name in info["missing_keys"] if name.startswith("predictions.")} == BIAS
+    assert not on_meta(loaded) and is_tied(loaded)
+    assert loaded.predictions.bias.count_nonzero() == 0
+    assert torch.equal(loaded.predictions.dense.weight, model.predictions.dense.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("names", [{"predictions.bias"}, {"predictions.decoder.bias"}, BIAS], ids=str)
+def test_model_on_meta_takes_the_tensors_assigned_to_it(tiny_config, names, tied):
+    model = make_model(tiny_config(tie_word_embeddings=tied))
+    state_dict = {name: x for name, x in model.state_dict().items() if name not in BIAS - names}
+    if tied:
+        del state_dict["predictions.decoder.weight"]
+    with torch.device("meta"):
+        assigned = LSGAlbertForMaskedLM(model.config).eval()
+    assigned.load_state_dict(state_dict, strict=False, assign=True)
+    assigned.tie_weights()
+    assert assigned.predictions.decoder.bias is assigned.predictions.bias
+    assert not [name for name in on_meta(assigned) if "projections" not in name]
+    assigned.albert.encoder.to_empty(device="cpu", recurse=False).reset_projections()  # not in a state dict
+    assert_same(first_output(assigned), first_output(model))
 
 
 def test_untied_head_is_stored_whole_but_for_the_bias(tiny_config, tmp_path):

@@ -13,7 +13,7 @@ from helpers import checkpoint_activations
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.convert_albert_to_lsg import convert_state_dict
 from lsg_albert.lsg_compat import is_checkpointing
-from lsg_albert.modeling_lsg_albert import select_states
+from lsg_albert.modeling_lsg_albert import select_states, token_loss
 from oracle import oracle_encoder
 
 TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
@@ -97,6 +97,43 @@ def test_loss_of_pretraining_is_the_sum_of_both(tiny_config):
     expected = expected + F.cross_entropy(output.sop_logits, labels["sentence_order_label"])
     torch.testing.assert_close(output.loss, expected)
     assert model(**inputs, labels=labels["labels"]).loss is None
+
+
+@pytest.mark.parametrize(
+    "head", ["ForMaskedLM", "ForPreTraining", "ForTokenClassification", "ForConditionalGeneration"]
+)
+@pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda n: torch.tensor([[n]])])
+def test_losses_of_the_batches_of_a_step_add_up_to_the_mean_over_its_labels(tiny_config, head, kind):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(num_labels=3)).eval()
+    inputs = random_inputs(batch=4)
+    labels = torch.randint(0, 3, (4, 45))
+    for row, count in enumerate((0, 1, 7, 40)):
+        labels[row, count:] = -100
+    inputs["labels"] = labels
+    if head == "ForPreTraining":
+        inputs["sentence_order_label"] = torch.tensor([0, 1, 1, 2])
+    with torch.no_grad():
+        outputs = model(**inputs)
+        whole = model(**inputs, num_items_in_batch=kind(48)).loss
+        parts = [model(**{k: x[i : i + 2] for k, x in inputs.items()}, num_items_in_batch=kind(48)) for i in (0, 2)]
+        single = model(**{k: x[:1] for k, x in inputs.items()}, num_items_in_batch=kind(48))
+    expected = F.cross_entropy(outputs[1].flatten(0, 1), labels.flatten())
+    if head == "ForPreTraining":  # each text's order counts as often as it has labels
+        orders = F.cross_entropy(outputs.sop_logits, inputs["sentence_order_label"], reduction="none")
+        expected = expected + (orders * torch.tensor([0, 1, 7, 40])).sum() / 48
+    assert whole.shape == ()
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, expected)
+    assert single.loss == 0  # a batch without labels adds nothing
+    if head != "ForPreTraining":
+        torch.testing.assert_close(whole, outputs.loss)
+
+
+def test_loss_of_a_large_step_does_not_overflow_in_half_precision():
+    logits = torch.randn(9000, 4).half() * 30
+    labels = torch.randint(0, 4, (9000,))
+    expected = F.cross_entropy(logits.float(), labels)
+    torch.testing.assert_close(token_loss(logits, labels, 9000), expected, rtol=1e-3, atol=0)
 
 
 @st.composite
@@ -366,6 +403,76 @@ def test_losses_of_sequence_classification(tiny_config, problem):
         "regression2": lambda x: F.mse_loss(x, labels),
     }[problem](output.logits)
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_kind_of_loss_with_a_typing_mistake_trains_nothing(tiny_config):
+    model = lsg_albert.LSGAlbertForSequenceClassification(tiny_config(num_labels=3))
+    model.config.problem_type = "singel_label_classification"
+    with pytest.raises(ValueError, match="`problem_type` .* did you mean 'single_label_classification'"):
+        model(**random_inputs(), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("length", [12, 100])
+@pytest.mark.parametrize("head", [*HEADS, "ForConditionalGeneration"])
+def test_outputs_of_an_empty_batch_are_empty(tiny_config, head, length):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config()).eval()
+    ids = torch.randint(5, 120, (2, 3, length) if head == "ForMultipleChoice" else (2, length))
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        full = model(**inputs, **asked)
+        empty = model(**{name: x[:0] for name, x in inputs.items()}, **asked)
+        assert empty.keys() == full.keys()
+        for name, tensors in full.items():
+            if isinstance(tensors, (tuple, torch.Tensor)):
+                pairs = (
+                    zip(tensors, empty[name], strict=True) if isinstance(tensors, tuple) else [(tensors, empty[name])]
+                )
+                assert all(none.shape == (0, *some.shape[1:]) for some, none in pairs), name
+    embeds = torch.zeros(0, *ids.shape[1:], 16)
+    assert model(inputs_embeds=embeds, **({"decoder_input_ids": ids[:0]} if "Gen" in head else {}))[0].shape[0] == 0
+
+
+@pytest.mark.parametrize("head", ["Model", "ForQuestionAnswering"])
+@pytest.mark.parametrize("fields", [{}, {"pack_padding": False}, {"mask_first_token": True}], ids=str)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_asking_for_maps_changes_nothing_else(tiny_config, sparsity_type, fields, head):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config(sparsity_type=sparsity_type, **fields)).eval()
+    for length in (12, 45):
+        inputs = random_inputs(4, length)
+        inputs["attention_mask"][1, length // 3 :] = 0  # whole blocks of padding
+        inputs["attention_mask"][2, : length // 2] = 0
+        inputs["attention_mask"][3] = 0
+        with torch.no_grad():
+            expected = model(**inputs, output_hidden_states=True)
+            actual = model(**inputs, output_hidden_states=True, output_attentions=True)
+            maps_alone = model(**inputs, output_attentions=True).attentions
+        for name, tensors in expected.items():
+            torch.testing.assert_close(actual[name], tensors, rtol=0, atol=2e-5)
+        torch.testing.assert_close(maps_alone, actual.attentions, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("length", [12, 45])
+def test_hooks_on_any_module_get_tensors_and_may_replace_them(tiny_config, length, maps):
+    """As captum hooks the output of a layer: each is a tensor, or a tuple of nothing but tensors."""
+    model = lsg_albert.LSGAlbertForSequenceClassification(tiny_config()).eval()
+    inputs = random_inputs(length=length)
+    expected = model(**inputs, output_attentions=maps).logits
+
+    def double(module, args, output):
+        assert all(isinstance(x, torch.Tensor) for x in args[:1]), type(module)
+        if isinstance(output, tuple):
+            assert output[0].ndim >= 2
+            return tuple(x.clone() * 2 for x in output)
+        return output.clone() * 2
+
+    group = model.albert.encoder.albert_layer_groups[0]
+    for module in (group.albert_layers[0], group.albert_layers[0].attention, model.albert.embeddings):
+        hook = module.register_forward_hook(double)
+        assert not torch.allclose(model(**inputs, output_attentions=maps).logits, expected)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        model(inputs_embeds=embeds, output_attentions=maps)
+        hook.remove()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -670,3 +777,140 @@ def test_fused_activation_is_the_plain_one_and_steps_aside_for_a_hook(tiny_confi
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hooked, plain, rtol=1e-5, atol=1e-5)
     assert len(heard) == model.config.num_hidden_layers
+
+
+# Several texts in a row
+
+LENGTHS = (3, 45, 16, 1, 100)
+
+
+def packed(lengths=LENGTHS, first=0):
+    """Texts one by one (1, length), and all of them in one row with the positions that tell them apart."""
+    texts = [torch.randint(5, 120, (1, length)) for length in lengths]
+    positions = torch.cat([torch.arange(first, first + length) for length in lengths])[None]
+    return texts, {"input_ids": torch.cat(texts, dim=1), "position_ids": positions}
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_first_token": True, "num_global_tokens": 3}], ids=str)
+@pytest.mark.parametrize("sparsity_type", TYPES)
+def test_packed_texts_are_what_they_are_alone(tiny_config, sparsity_type, fields):
+    model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type, max_position_embeddings=100, **fields)).eval()
+    texts, row = packed()
+    types = torch.randint(0, 2, row["input_ids"].shape)
+    alone = [
+        model(text, token_type_ids=part, output_hidden_states=True)
+        for text, part in zip(texts, types.split(LENGTHS, dim=1), strict=True)
+    ]
+    embeds = {"inputs_embeds": model.get_input_embeddings()(row["input_ids"]), "position_ids": row["position_ids"]}
+    for inputs in (row, embeds):
+        output = model(**inputs, token_type_ids=types, output_hidden_states=True)
+        assert len(output.hidden_states) == 3
+        for i, states in enumerate(output.hidden_states):
+            expected = torch.cat([x.hidden_states[i] for x in alone], dim=1)
+            torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+        assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
+        for name in ("pooler_output", "global_hidden_states"):
+            torch.testing.assert_close(output[name], torch.cat([x[name] for x in alone]), rtol=0, atol=1e-5)
+
+
+def test_packed_texts_give_the_gradients_that_they_give_alone(tiny_config):
+    model = LSGAlbertForMaskedLM(tiny_config())
+    texts, row = packed()
+    labels = torch.randint(5, 120, row["input_ids"].shape)
+    parts = zip(texts, labels.split(LENGTHS, dim=1), strict=True)
+    losses = [model(text, labels=part, num_items_in_batch=labels.numel()).loss for text, part in parts]
+    expected = torch.autograd.grad(sum(losses), model.parameters())
+    loss = model(**row, labels=labels).loss
+    torch.testing.assert_close(loss, sum(losses))
+    for actual, exact in zip(torch.autograd.grad(loss, model.parameters()), expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_packed_texts_may_be_several_and_padded(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    (first, second), row = packed((30, 15))
+    (third,), _ = packed((40,))
+    ids = torch.cat([row["input_ids"], F.pad(third, (0, 5))])
+    mask = (ids != 0).long()
+    for padding in (0, 1, 40):  # positions of padding are of any kind
+        positions = torch.cat([row["position_ids"], F.pad(torch.arange(40), (0, 5), value=padding)[None]])
+        states = model(ids, mask, position_ids=positions).last_hidden_state
+        torch.testing.assert_close(states[:1, :30], model(first).last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[:1, 30:], model(second).last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[1:, :40], model(third).last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids[:1].repeat(2, 1), position_ids=row["position_ids"]).last_hidden_state, states[:1].repeat(2, 1, 1)
+    )
+
+
+def test_packed_positions_may_begin_above_zero(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    texts, row = packed((20, 30), first=2)
+    alone = [model(text, position_ids=torch.arange(2, 2 + text.shape[1])[None]).last_hidden_state for text in texts]
+    torch.testing.assert_close(model(**row).last_hidden_state, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [
+        (torch.arange(7, 47), torch.ones(40)),
+        (torch.zeros(40).long(), torch.ones(40)),
+        (torch.randperm(40), torch.ones(40)),
+        (torch.arange(40) // 2, torch.ones(40)),
+        (F.pad(torch.arange(30), (10, 0)), torch.arange(40) >= 10),  # padding on the left, in two conventions
+        (F.pad(torch.arange(30), (10, 0), value=1), torch.arange(40) >= 10),
+        (F.pad(torch.arange(30), (0, 10)), torch.arange(40) < 30),
+    ],
+)
+def test_positions_of_one_text_stay_positions(tiny_config, positions, mask):
+    model = LSGAlbertModel(tiny_config()).eval()
+    inputs = {
+        "input_ids": torch.randint(5, 120, (1, 40)), "attention_mask": mask.bool()[None],
+        "position_ids": positions[None],
+    }  # fmt: skip
+    expected = oracle_outputs(model, **inputs)["last_hidden_state"].float()
+    actual = model(**inputs).last_hidden_state
+    torch.testing.assert_close(actual[0, mask.bool()], expected[0, mask.bool()], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "ForPreTraining",
+        "ForSequenceClassification",
+        "ForQuestionAnswering",
+        "ForMultipleChoice",
+        "ForConditionalGeneration",
+    ],
+)
+def test_packed_texts_below_a_head_for_rows_are_refused(tiny_config, head):
+    model = getattr(lsg_albert, "LSGAlbert" + head)(tiny_config()).eval()
+    _, row = packed()
+    if head == "ForMultipleChoice":
+        row = {name: x[:, None] for name, x in row.items()}
+    with pytest.raises(ValueError, match="`position_ids` begin again within a row.*head"):
+        model(**row)
+
+
+def test_packed_texts_in_ways_that_do_not_work_are_refused(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    _, row = packed()
+    with pytest.raises(ValueError, match="`position_ids` begin again within a row.*maps"):
+        model(**row, output_attentions=True)
+    with pytest.raises(ValueError, match="`position_ids` must have the shape"):
+        model(row["input_ids"], position_ids=row["position_ids"][0])
+    with pytest.raises(ValueError, match="`input_ids` has 177 tokens"):
+        model(**packed((3, 177))[1])
+    for name in ("seq_idx", "cu_seq_lens_q", "max_length_k"):
+        with pytest.raises(ValueError, match=f"`{name}` is not supported.*`position_ids`"):
+            LSGAlbertForMaskedLM(tiny_config())(**row, **{name: torch.zeros(1, 165)})
+    with pytest.raises(ValueError, match="trace"):
+        torch.jit.trace(lambda ids, positions: model(ids, position_ids=positions)[0], tuple(row.values()))
+
+
+def test_packed_texts_are_told_apart_in_a_compiled_model(tiny_config):
+    model = LSGAlbertModel(tiny_config()).eval()
+    compiled = torch.compile(model, backend="eager")
+    for lengths in ((20, 30), (50,)):
+        _, row = packed(lengths)
+        torch.testing.assert_close(compiled(**row).last_hidden_state, model(**row).last_hidden_state)
