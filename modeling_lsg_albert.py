@@ -1,18 +1,13 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
 
 import copy
-import math
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -22,447 +17,41 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .configuration_lsg_albert import (
-    MAX_GLOBAL_TOKENS,
-    LSGAlbertConfig,
-    check_attn_implementation,
-    check_problem_type,
-)
-from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
-from .lsg_blocks import BlockList, list_blocks
+from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, check_problem_type
 
-# Releases before 5.1 copy to a checkpoint only the files that this one imports directly.
+# Releases before 5.1 copy to a checkpoint only the files that this one imports directly: it imports them all.
+from .lsg_attention import lsg_attention  # noqa: F401
+from .lsg_blocks import BlockList  # noqa: F401
 from .lsg_chunks import ChunkedAttention  # noqa: F401
-from .lsg_compat import GradientCheckpointingLayer, as_encoder_decoder_cache, cached, find_cache, is_checkpointing
+from .lsg_compat import as_encoder_decoder_cache, cached, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
-from .lsg_flex import check_no_dropout
-from .lsg_pattern import LSGPattern
+from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder, get_activation
+from .lsg_flex import flex_attention_of_blocks  # noqa: F401
+from .lsg_inputs import check_mask, check_tokens, find_texts
+from .lsg_outputs import (
+    LSGAlbertForPreTrainingOutput,
+    LSGAlbertModelOutput,
+    select_states,
+    span_loss,
+    token_loss,
+)
+from .lsg_pattern import LSGPattern  # noqa: F401
+from .lsg_seq2seq import (
+    as_model_output,
+    check_decoder_inputs,
+    decoding_step,
+    default_decoder_text,
+    encoder_visibility,
+    states_for_decoder,
+)
 from .lsg_softmax import ATTENTION_FUNCTIONS  # noqa: F401
-from .lsg_sparsity import hash_projections
-from .lsg_tracing import is_exported, is_traced
-from .lsg_windows import KeyParts  # noqa: F401
+from .lsg_sparsity import select_sparse_tokens  # noqa: F401
+from .lsg_tracing import is_traced
+from .lsg_windows import key_windows  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
-# What a decoding step needs of all that `generate` hands from step to step. The last is refused by `forward`.
-DECODING_ARGUMENTS = (
-    "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
-    "output_hidden_states", "decoder_inputs_embeds",
-)  # fmt: skip
-
 _MARKS_OF_PACKING = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-
-CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
-
-# The same function; the second is one kernel, the first a chain of eight.
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
-
-
-@dataclass
-class LSGAlbertModelOutput(BaseModelOutputWithPooling):
-    """
-    Output of [`LSGAlbertModel`]: that of ALBERT, and the global tokens.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The text tokens' last states; the first is that of the first global token with `pool_with_global`.
-        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
-            The first of them after the pooler.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            `num_hidden_layers + 1` states of the shape of `last_hidden_state`, from the embeddings on.
-        attentions (`tuple(torch.FloatTensor)`, *optional*):
-            The effective attention maps of the `num_hidden_layers * inner_group_num` layers, `(batch_size,
-            num_attention_heads, num_global_tokens + sequence_length, num_global_tokens + sequence_length)`, global
-            tokens first. Every row sums to 1.
-        global_hidden_states (`torch.FloatTensor` of shape `(batch_size, num_global_tokens, hidden_size)`):
-            The global tokens' last states.
-    """
-
-    global_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class LSGAlbertForPreTrainingOutput(ModelOutput):
-    """
-    Output of [`LSGAlbertForPreTraining`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Sum of the masked-language-model and the sentence-order loss, when both labels are given.
-        prediction_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores of the vocabulary before softmax.
-        sop_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Scores of the sentence order before softmax.
-        hidden_states, attentions (*optional*):
-            As in [`LSGAlbertModelOutput`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    prediction_logits: torch.FloatTensor | None = None
-    sop_logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def get_activation(name: str) -> nn.Module:
-    """The activation of transformers with that name, which the configuration has checked."""
-    return ACT2FN[TANH_GELUS[-1] if name in TANH_GELUS else name]
-
-
-def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product, for a third of its time.
-
-    It can for a plain linear layer that nobody listens to, in inference on the CPU. torch.compile fuses by itself.
-    """
-    is_plain = (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter  # no quantized or sharded tensor
-        and type(x) is Tensor
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
-    )
-    is_busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    return (
-        is_plain
-        and not (is_busy or is_traced())
-        and x.device.type == "cpu"
-        and x.dtype == linear.weight.dtype
-        and x.dtype in fused_gelu_dtypes()
-    )
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tanh-GELU of a linear layer by oneDNN's fused kernel, an operator of torch that is not public."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-
-
-@cache
-def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes for which `linear_gelu` works with this build of torch and is fast on this processor: tried once."""
-    usable = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias = (torch.linspace(-2, 2, n, dtype=dtype) for n in (32, 128, 8))
-        x, weight = x.view(4, 8, 1).expand(4, 8, 16).contiguous(), weight.view(8, 16)
-        try:
-            if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                continue
-            fused = linear_gelu(x, weight, bias)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # this build has no such operator
-            continue
-        plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
-        tolerance = 100 * torch.finfo(dtype).eps
-        if fused.dtype == dtype and torch.allclose(fused, plain, rtol=tolerance, atol=tolerance):
-            usable.append(dtype)
-    return tuple(usable)
-
-
-class LSGAlbertEmbeddings(nn.Module):
-    """Word, position and token-type embeddings, with the global tokens' own before them."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        width = config.embedding_size
-        self.add_positions = config.position_embedding_type == "absolute"
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
-        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
-        self.num_global_tokens = config.num_global_tokens
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
-        text = self.embed_text(input_ids, token_type_ids, position_ids, inputs_embeds)
-        global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=text.device))
-        global_tokens = global_tokens.to(text.dtype).expand(text.shape[0], -1, -1)
-        return self.finish(torch.cat([global_tokens, text], dim=1))
-
-    def embed_text(
-        self,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> Tensor:
-        """The text alone, as a sum that `finish` is still to be applied to: (batch, length, embedding_size)."""
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        length = words.shape[1]
-        if token_type_ids is None:
-            token_type_ids = torch.zeros(1, length, dtype=torch.long, device=words.device)
-        text = words + self.token_type_embeddings(token_type_ids)
-        if self.add_positions:
-            if position_ids is None:
-                position_ids = torch.arange(length, device=words.device)[None]
-            text = text + self.position_embeddings(position_ids)
-        return text
-
-    def finish(self, embeddings: Tensor) -> Tensor:
-        """Normalization and dropout."""
-        return self.dropout(self.LayerNorm(embeddings))
-
-
-class LSGAlbertAttention(nn.Module):
-    """Multi-head LSG attention with its output projection, residual connection and normalization."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.config = config
-        self.num_attention_heads = config.num_attention_heads
-        self.attention_head_size = config.hidden_size // config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        visible: Tensor | BlockList,
-        pattern: LSGPattern,
-        projections: tuple[Tensor, ...] = (),
-        map_size: int | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Attend.
-
-        Args:
-            hidden_states: (batch, globals + length, hidden), or (tokens, hidden) listed by blocks.
-            visible: (batch, length) bool, which text tokens may be attended to; of listed tokens, their blocks.
-            pattern: which keys a query sees.
-            projections: of "lsh".
-            map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
-
-        Returns:
-            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if one is
-            wanted. The context is then computed from it, so that gradients reach it, and dropout falls on its weights.
-        """
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
-            for projection in (self.query, self.key, self.value)
-        )  # ([batch,] heads, tokens, head_size)
-        implementation = self.config._attn_implementation
-        check_attn_implementation(implementation)
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if implementation == "flex_attention":
-            check_no_dropout(dropout)
-        maps = []
-        if map_size is None:
-            attention = block_attention if isinstance(visible, BlockList) else lsg_attention
-            context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
-        else:
-            maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])
-            context = F.dropout(maps[0], dropout) @ value[:, :, :map_size]
-            context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
-        return context.transpose(-3, -2).flatten(-2), *maps
-
-    def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
-        """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
-        return self.LayerNorm(hidden_states + self.output_dropout(self.dense(context)))
-
-
-class LSGAlbertLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward part."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.chunk_size_feed_forward = config.chunk_size_feed_forward
-        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = LSGAlbertAttention(config)
-        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = get_activation(config.hidden_act)
-        self.is_tanh_gelu = config.hidden_act in TANH_GELUS
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """The new states, and the map if one is wanted; arguments as in `LSGAlbertAttention.forward`.
-
-        All that is returned are tensors, which tools that hook layers count on.
-        """
-        context, *maps = self.attention(hidden_states, *args, **kwargs)
-        size = self.chunk_size(hidden_states)
-        if size is None:
-            return self.feed_forward(self.attention.add_context(hidden_states, context)), *maps
-        chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
-        states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
-        return torch.cat(states, dim=-2), *maps
-
-    def chunk_size(self, hidden_states: Tensor) -> int | None:
-        """How many tokens to take at a time after the attention, where no token needs another; None for all at once.
-
-        As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
-        training: gradient checkpointing must compute what it did before, to the last bit. An exported graph is for any
-        number of tokens, and so cannot say how many chunks there are.
-        """
-        if is_exported():
-            return None
-        if self.chunk_size_feed_forward:
-            return self.chunk_size_feed_forward
-        if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
-            return None
-        num_tokens = hidden_states.shape[-2]
-        # Chunks of one size, about: a last one of a single token would read all weights for it.
-        return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
-
-    def feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
-        if self.is_tanh_gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
-            activated = linear_gelu(hidden_states, self.ffn.weight, self.ffn.bias)
-        else:
-            activated = self.activation(self.ffn(hidden_states))
-        output = self.ffn_output(activated)
-        return self.full_layer_layer_norm(output + hidden_states)
-
-
-class LSGAlbertLayerGroup(nn.Module):
-    """The layers of one group; only a container, under ALBERT's parameter names."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.albert_layers = nn.ModuleList([LSGAlbertLayer(config) for _ in range(config.inner_group_num)])
-
-
-class LSGAlbertEncoder(nn.Module):
-    """The stack of shared layer groups."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.config = config
-        self.pattern = LSGPattern(
-            num_global_tokens=config.num_global_tokens,
-            block_size=config.block_size,
-            sparsity_type=config.sparsity_type if config.is_sparse else None,
-            sparse_block_size=config.sparse_block_size or 0,
-            sparsity_factor=config.sparsity_factor,
-            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
-        )
-        self.reads_padding = False  # whether something computes with the outputs of padding
-        self.is_seeded = config.lsh_seed is not None
-        if self.is_seeded:
-            # As integers of the same bits, or `model.half()` would round them.
-            for i, projection in enumerate(self.draw_projections()):
-                self.register_buffer(f"projections_{i}", projection.view(torch.int32), persistent=False)
-        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
-        self.albert_layer_groups = nn.ModuleList(
-            [LSGAlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
-        )
-
-    def forward(
-        self, embeddings: Tensor, visible: Tensor, output_attentions: bool = False, output_hidden_states: bool = False
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Apply all layers.
-
-        Args:
-            embeddings: (batch, globals + length, embedding_size).
-            visible: (batch, length) bool, which text tokens may be attended to.
-            output_attentions: whether to return maps.
-            output_hidden_states: whether to return states in between.
-
-        Returns:
-            The last states (batch, globals + length, hidden); the text's states (batch, length, hidden) that went into
-            each layer; and the layers' effective attention maps (batch, heads, globals + length, globals + length).
-        """
-        num_tokens, length = embeddings.shape[1], visible.shape[1]
-        padding = self.adaptive_padding(length)
-        embeddings = F.pad(embeddings, (0, 0, 0, padding))
-        visible = F.pad(visible, (0, padding), value=False)
-        is_long = is_exported() or visible.shape[1] > self.pattern.full_length
-        in_blocks = is_long and not output_attentions
-        blocks = list_blocks(visible, self.pattern.block_size, self.treatment_of_padding(visible)) if is_long else None
-        if in_blocks:
-            visible = blocks
-            embeddings = blocks.pack(embeddings)
-        states = self.embedding_hidden_mapping_in(embeddings)
-        text_states, attention_maps = [], []
-        projections = iter(self.projections_of_calls())
-        for group_index in self.group_of_layer():
-            if output_attentions and is_long:
-                states = blocks.unpack(blocks.pack(states))  # padding is zeros, as it is without maps
-            if output_hidden_states:
-                rows = blocks.unpack(states) if in_blocks else states
-                text_states.append(first_tokens(rows, num_tokens)[:, num_tokens - length :])
-                if not is_exported():
-                    # Put together again, so that what is returned is what the next layer reads: it has a gradient.
-                    parts = rows[:, : num_tokens - length], text_states[-1], rows[:, num_tokens:]
-                    rows = torch.cat(parts, dim=1)
-                    states = blocks.pack(rows) if in_blocks else rows
-            for layer in self.albert_layer_groups[group_index].albert_layers:
-                map_size = num_tokens if output_attentions else None
-                states, *attention_map = layer(states, visible, self.pattern, next(projections), map_size)
-                attention_maps += attention_map
-        rows = blocks.unpack(states if in_blocks else blocks.pack(states)) if is_long else states
-        return first_tokens(rows, num_tokens), text_states, attention_maps
-
-    def treatment_of_padding(self, visible: Tensor) -> str:
-        """What `list_blocks` does with blocks of padding. How many there are depends on the data, which a compiler
-        does not know."""
-        if self.reads_padding or not self.config.pack_padding:
-            return "keep"
-        is_compiled = is_traced() or self.config._attn_implementation == "flex_attention"
-        return "blank" if is_compiled or visible.is_meta else "drop"
-
-    def adaptive_padding(self, length: int) -> int:
-        """How many tokens of padding the blocks need behind a text of `length` tokens.
-
-        Raises:
-            ValueError: some, but `adaptive` is False.
-        """
-        block_size = self.pattern.block_size
-        padding = (length + block_size - 1) // block_size * block_size - length
-        if is_exported():  # a graph is one for all lengths: texts of up to two blocks go through blocks too
-            return padding
-        padding = padding if length > self.pattern.full_length else 0
-        if padding and not self.config.adaptive:
-            raise ValueError(
-                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
-                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
-            )
-        return padding
-
-    def group_of_layer(self) -> list[int]:
-        """The index of the group that each of the `num_hidden_layers` layers applies."""
-        num_layers, num_groups = self.config.num_hidden_layers, self.config.num_hidden_groups
-        return [layer * num_groups // num_layers for layer in range(num_layers)]
-
-    def draw_projections(self) -> list[Tensor]:
-        """The random projections of "lsh" for all calls of an attention layer, see `hash_projections`."""
-        config = self.config
-        num_calls = config.num_hidden_layers * config.inner_group_num
-        head_size = config.hidden_size // config.num_attention_heads
-        return hash_projections(
-            num_calls, self.pattern.hash_rounds, config.num_attention_heads, head_size, config.lsh_seed
-        )
-
-    @torch.no_grad()
-    def reset_projections(self) -> None:
-        """Write the seeded projections into their buffers, which a model built on the meta device has lost."""
-        if self.is_seeded:
-            for i, projection in enumerate(self.draw_projections()):
-                self.get_buffer(f"projections_{i}").copy_(projection.view(torch.int32))
-
-    def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
-        """For each call of an attention layer, its projections. Those without a seed are drawn here, before the layers,
-        so that gradient checkpointing computes a layer again with what it had."""
-        if self.is_seeded:
-            rounds = [self.get_buffer(f"projections_{i}") for i in range(len(self.pattern.hash_rounds))]
-            rounds = [projections.view(torch.float32) for projections in rounds]
-        else:
-            rounds = self.draw_projections()
-        num_calls = self.config.num_hidden_layers * self.config.inner_group_num
-        return [tuple(projections[call] for projections in rounds) for call in range(num_calls)]
-
-
-def first_tokens(x: Tensor, length: int) -> Tensor:
-    """The first of a row's tokens: (batch, tokens, ...) -> (batch, length, ...)."""
-    if is_exported():  # torch.export does not see that a length is at most what it is padded to, as a slice must know
-        return x[:, torch.arange(length, device=x.device)]
-    return x[:, :length]
 
 
 class LSGAlbertPreTrainedModel(PreTrainedModel):
@@ -529,40 +118,6 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             return config
         return super()._autoset_attn_implementation(config, **kwargs)
 
-    def _check_given(
-        self, prefix: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, past_length: int = 0
-    ) -> tuple[int, int]:
-        """The batch size and length of ids or embeddings that are in order; `ValueError` for others.
-
-        `prefix` is put before their names; `past_length` tokens came before them.
-        """
-        name, given, num_dims = (
-            (f"{prefix}input_ids", input_ids, 2)
-            if inputs_embeds is None
-            else (f"{prefix}inputs_embeds", inputs_embeds, 3)
-        )
-        if given.ndim != num_dims:
-            shape = "(batch, length)" if num_dims == 2 else "(batch, length, embedding_size)"
-            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(given.shape)}.")
-        if inputs_embeds is not None and inputs_embeds.shape[2] != self.config.embedding_size:
-            raise ValueError(
-                f"`{name}` must have `embedding_size` ({self.config.embedding_size}) as its last dimension, got the "
-                f"shape {tuple(inputs_embeds.shape)}."
-            )
-        batch_size, length = given.shape[:2]
-        if length == 0:
-            raise ValueError(f"`{name}` has the length 0: give at least one token.")
-        limit = self.config.max_position_embeddings
-        if past_length + length > limit:
-            before = f" behind the {past_length} in the cache" if past_length else ""
-            raise ValueError(
-                f"`{name}` has {length} tokens{before}, but `max_position_embeddings` is {limit}. Truncate the text "
-                "(`truncation=True, max_length=...` in the tokenizer; a smaller `max_length` in `generate`), or convert "
-                "the checkpoint for more positions with `convert_albert_to_lsg.py` and a max length of at least "
-                f"{past_length + length}."
-            )
-        return batch_size, length
-
     def _init_weights(self, module: nn.Module) -> None:
         # Only torch.nn.init: transformers 5 replaces its functions by ones that leave loaded parameters alone.
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -606,6 +161,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             Whether it is part of an encoder-decoder model, whose configuration it then shares.
         takes_packed (`bool`, *optional*, defaults to `True`):
             Whether a row may hold several texts; not below a head with one answer for each row.
+        reads_padding (`bool`, *optional*, defaults to `False`):
+            Whether a head computes with the outputs of padding, which is then not left out.
     """
 
     def __init__(
@@ -614,11 +171,12 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         add_pooling_layer: bool = True,
         is_encoder_decoder: bool = False,
         takes_packed: bool = True,
+        reads_padding: bool = False,
     ):
         super().__init__(config, is_encoder_decoder)
         self.takes_packed = takes_packed and not is_encoder_decoder
         self.embeddings = LSGAlbertEmbeddings(self.config)
-        self.encoder = LSGAlbertEncoder(self.config)
+        self.encoder = LSGAlbertEncoder(self.config, reads_padding)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.post_init()
 
@@ -739,105 +297,10 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         """The batch size and length of inputs that are in order; `ValueError` for others."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        shape = self._check_given("", input_ids, inputs_embeds)
+        shape = check_tokens(self.config, input_ids, inputs_embeds)
         if attention_mask is not None:
             check_mask("attention_mask", attention_mask, shape)
         return shape
-
-
-def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
-    """`ValueError` for an attention mask of another shape than (batch, length), or of another kind than 0 and 1."""
-    if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"`{name}` must have the shape (batch, length) = {shape}, with 1 for real tokens and 0 for masked ones, "
-            f"got the shape {tuple(mask.shape)}."
-        )
-    if has_other_than_0_and_1(mask):
-        raise ValueError(f"`{name}` must hold 1 for real tokens and 0 for masked ones, got other values.")
-
-
-@dataclass(frozen=True)
-class PackedTexts:
-    """Where the texts are in rows that hold several.
-
-    Args:
-        shape: (batch, length) of the rows.
-        token: (texts, longest) long, the place of each text's tokens among those of all rows.
-        is_token: (texts, longest) bool, False for the padding behind a text.
-        attention_mask: (texts, longest) bool, which tokens may be attended to.
-    """
-
-    shape: tuple[int, int]
-    token: Tensor
-    is_token: Tensor
-    attention_mask: Tensor
-
-    def unpack(self, x: Tensor | None) -> Tensor | None:
-        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...), with anything behind them."""
-        return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
-
-    def pack(self, x: Tensor | None) -> Tensor | None:
-        """The reverse."""
-        return None if x is None else x[self.is_token].unflatten(0, self.shape)
-
-
-def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
-    """The texts of rows that hold several, None for other rows.
-
-    Args:
-        position_ids: (batch or 1, length). Texts are packed where all positions count up by one, but begin again
-            within a row, at 0 or where the row began.
-        given: the ids or embeddings (batch, length, ...).
-        attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
-
-    Raises:
-        ValueError: positions are given to a trace, which cannot look at them.
-    """
-    if position_ids is None or position_ids.is_meta or given is None or given.ndim < 2:
-        return None
-    if torch.jit.is_tracing():
-        raise ValueError(
-            "`position_ids` would say whether a row holds one text or several, which a trace cannot look at: leave them "
-            "out, and each row is one text."
-        )
-    shape = tuple(given.shape[:2])
-    if attention_mask is not None:
-        check_mask("attention_mask", attention_mask, shape)
-    if tuple(position_ids.shape) not in (shape, (1, shape[1])):
-        raise ValueError(f"`position_ids` must have the shape (batch or 1, length), got {tuple(position_ids.shape)}.")
-    position_ids = position_ids.expand(shape)
-    visible = torch.ones_like(position_ids) if attention_mask is None else attention_mask.to(position_ids.device)
-    visible = visible.bool()
-    counts_up = F.pad(position_ids.diff() == 1, (1, 0))
-    begins = ((position_ids == 0) | (position_ids == position_ids[:, :1])) & ~counts_up & visible
-    is_packed = (begins | counts_up | ~visible).all() & (begins.sum(1) > 1).any() & counts_up.any()
-    if not is_packed:
-        return None
-    begins[:, 0] = True
-    first = begins.flatten().nonzero()
-    length = F.pad(first, (0, 0, 0, 1), value=begins.numel()).diff(dim=0)
-    place = torch.arange(int(length.max()), device=first.device)
-    token, is_token = (first + place).clamp(max=begins.numel() - 1), place < length
-    return PackedTexts(shape, token, is_token, visible.flatten()[token] & is_token)
-
-
-def has_other_than_0_and_1(mask: Tensor) -> bool:
-    """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
-    look would make the processor wait for the device."""
-    if not mask.is_floating_point() or mask.device.type == "meta" or is_traced():
-        return False
-    return bool(((mask != 0) & (mask != 1)).any())
-
-
-def select_states(
-    hidden_states: list[Tensor], selection: bool | int | list[int] | None
-) -> tuple[Tensor | None, ...] | None:
-    """All states for True, none for False or None; for indices, which may be negative, None in place of the others."""
-    if selection is None or isinstance(selection, bool):
-        return tuple(hidden_states) if selection else None
-    indices = [selection] if isinstance(selection, int) else selection
-    chosen = {index % len(hidden_states) for index in indices if -len(hidden_states) <= index < len(hidden_states)}
-    return tuple(states if i in chosen else None for i, states in enumerate(hidden_states))
 
 
 class LSGAlbertMLMHead(nn.Module):
@@ -878,20 +341,6 @@ def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
     """The dropout before a classifier."""
     own = config.classifier_dropout_prob
     return nn.Dropout(config.hidden_dropout_prob if own is None else own)
-
-
-def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
-    """Cross entropy of scores (..., classes) for labels (...); -100 is left out.
-
-    It is the mean, or the sum divided by `num_items` where a step of training counts the labels of several batches.
-    """
-    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
-    if num_items is None:
-        return F.cross_entropy(logits, labels)
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(logits.device).flatten()[0]  # `DataParallel` hands a matrix to each device
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / num_items  # float16 would overflow
 
 
 class _WithMLMHead(LSGAlbertPreTrainedModel):
@@ -1071,19 +520,8 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of `forward` for one step of `generate`.
-
-        They are the decoder's tokens `input_ids` (batch, length) that are not in the cache yet, or the last where only
-        new ones are given; the cache, found by its type among `kwargs`, since its name differs between releases; and
-        those of `kwargs` that a decoding step needs. All others are for the encoder, or for `generate` itself.
-        """
-        cache = find_cache(kwargs.values())
-        if cache is not None:
-            cache = as_encoder_decoder_cache(cache)
-            num_new = input_ids.shape[1] - cache.self_attention_cache.get_seq_length()
-            input_ids = input_ids[:, -max(1, num_new) :].contiguous()
-        needed = {name: kwargs[name] for name in DECODING_ARGUMENTS if name in kwargs}
-        return {**needed, "decoder_input_ids": input_ids, "cache": cache}
+        """The arguments of `forward` for one step of `generate`, see `decoding_step`."""
+        return decoding_step(input_ids, kwargs)
 
     def forward(
         self,
@@ -1156,15 +594,25 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
                 input_ids, attention_mask, token_type_ids, position_ids, None, inputs_embeds,
                 output_attentions, output_hidden_states, return_dict=True,
             )  # fmt: skip
-        encoder_states = self._states_for_decoder(encoder_outputs) if cached_states is None else None
+        passes_globals = self.config.pass_global_tokens_to_decoder
+        encoder_states = states_for_decoder(encoder_outputs, passes_globals) if cached_states is None else None
         keys = encoder_states if cached_states is None else cached_states[0][:, 0]  # (batch, keys, ...)
-        encoder_visible = self._encoder_visibility(attention_mask, keys)
+        num_globals = self.config.num_global_tokens if passes_globals else 0
+        encoder_visible = encoder_visibility(attention_mask, keys, num_globals)
 
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self._default_decoder_input_ids(input_ids, labels, cache)
         past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
-        self._check_decoder_inputs(
-            decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, labels, len(keys), past_length
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
+                default_decoder_text(input_ids, labels, past_length)
+            )
+        check_decoder_inputs(
+            self.config,
+            decoder_input_ids,
+            decoder_inputs_embeds,
+            decoder_attention_mask,
+            labels,
+            len(keys),
+            past_length,
         )
         visible = None if decoder_attention_mask is None else decoder_attention_mask.to(keys.device, torch.bool)
         wants_states = output_hidden_states is not None and output_hidden_states is not False
@@ -1186,85 +634,6 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
             encoder_attentions=encoder_outputs.get("attentions"),
         )
         return output if return_dict else output.to_tuple()
-
-    def _states_for_decoder(self, encoder_outputs: ModelOutput) -> Tensor:
-        """The states that the decoder attends to, (batch, keys, hidden): with `pass_global_tokens_to_decoder` those of
-        the global tokens, then the text's."""
-        text_states = encoder_outputs.last_hidden_state
-        if not self.config.pass_global_tokens_to_decoder:
-            return text_states
-        global_states = encoder_outputs.get("global_hidden_states")
-        if global_states is None:
-            raise ValueError(
-                "`encoder_outputs` has no `global_hidden_states`, which the decoder attends to: give all that "
-                "`get_encoder()` returns, or set `pass_global_tokens_to_decoder=False` in the config."
-            )
-        if len(global_states) != len(text_states):
-            raise ValueError(
-                f"`encoder_outputs` has `global_hidden_states` of {len(global_states)} rows and a `last_hidden_state` "
-                f"of {len(text_states)}: give the same batch for both."
-            )
-        return torch.cat([global_states, text_states], dim=1)
-
-    def _encoder_visibility(self, attention_mask: Tensor | None, keys: Tensor) -> Tensor:
-        """Which of the encoder's states (batch, keys, ...) may be attended to, (batch, keys) bool; all of them in a
-        row without any real token or global token."""
-        if attention_mask is None:
-            return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        num_globals = self.albert.embeddings.num_global_tokens if self.config.pass_global_tokens_to_decoder else 0
-        check_mask("attention_mask", attention_mask, (len(keys), keys.shape[1] - num_globals))
-        visible = F.pad(attention_mask.to(keys.device, torch.bool), (num_globals, 0), value=True)
-        return visible | ~visible.any(1, keepdim=True)
-
-    def _default_decoder_input_ids(self, input_ids: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
-        """What the decoder reads where nothing is given to it."""
-        given = input_ids if labels is None else labels
-        if given is None or (cache is not None and cache.self_attention_cache.get_seq_length() > 0):
-            raise ValueError(
-                "The decoder has no inputs: give `decoder_input_ids` or `decoder_inputs_embeds`, or, at the start of a "
-                "text, `labels` or `input_ids` that they can be made from."
-            )
-        return self.prepare_decoder_input_ids_from_labels(given)
-
-    def _check_decoder_inputs(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        batch_size: int,
-        past_length: int,
-    ) -> None:
-        """`ValueError` for inputs of the decoder that are not in order, or not of the encoder's batch."""
-        if input_ids is not None and inputs_embeds is not None:
-            raise ValueError("Give `decoder_input_ids` or `decoder_inputs_embeds`, not both.")
-        shape = self._check_given("decoder_", input_ids, inputs_embeds, past_length)
-        name = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
-        if shape[0] != batch_size:
-            raise ValueError(
-                f"`{name}` has a batch of {shape[0]}, but that of the encoder is {batch_size}: they must be the same."
-            )
-        if labels is not None and tuple(labels.shape) != shape:
-            raise ValueError(
-                f"`labels` must have the shape of `{name}`, (batch, length) = {shape}, got {tuple(labels.shape)}."
-            )
-        if attention_mask is not None:
-            check_mask("decoder_attention_mask", attention_mask, (batch_size, past_length + shape[1]))
-
-
-def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
-    """The encoder's outputs by name, also where they come as the tuple that `return_dict=False` gives."""
-    if isinstance(encoder_outputs, ModelOutput):
-        return encoder_outputs
-    last_hidden_state, *others = encoder_outputs
-    global_states = others[-1] if others and isinstance(others[-1], Tensor) and others[-1].ndim == 3 else None
-    # Of states and maps either may be missing; states have three dimensions, and unselected ones are None.
-    layers = {
-        "attentions" if x[-1] is not None and x[-1].ndim == 4 else "hidden_states": x
-        for x in others
-        if isinstance(x, (tuple, list)) and x
-    }
-    return LSGAlbertModelOutput(last_hidden_state, global_hidden_states=global_states, **layers)
 
 
 class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
@@ -1378,8 +747,8 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, takes_packed=False)
-        self.albert.encoder.reads_padding = True  # its loss is a softmax over all tokens, padding included
+        # The loss is a softmax over all tokens, padding included.
+        self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, takes_packed=False, reads_padding=True)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -1417,13 +786,6 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
             loss, start_logits.contiguous(), end_logits.contiguous(), outputs.hidden_states, outputs.attentions
         )
         return output if return_dict else output.to_tuple()
-
-
-def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Mean cross entropy of scores (batch, length) for positions (batch,) or (batch, 1); those past the end are left
-    out, negative ones count as 0."""
-    length = logits.shape[1]
-    return F.cross_entropy(logits, positions.to(logits.device).flatten().clamp(0, length), ignore_index=length)
 
 
 class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
@@ -1487,10 +849,17 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
 # A saved model carries its own code, and its config says where each Auto class finds its model.
 LSGAlbertModel.register_for_auto_class("AutoModel")
+
 LSGAlbertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
 LSGAlbertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+
 LSGAlbertForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+
 LSGAlbertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
 LSGAlbertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
 LSGAlbertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+
 LSGAlbertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

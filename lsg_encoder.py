@@ -1,0 +1,411 @@
+"""The encoder: embeddings, attention, layers, and the stack of their groups."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
+from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
+from .lsg_blocks import BlockList, list_blocks
+from .lsg_compat import GradientCheckpointingLayer
+from .lsg_flex import check_no_dropout
+from .lsg_pattern import LSGPattern
+from .lsg_sparsity import hash_projections
+from .lsg_tracing import is_exported, is_traced
+
+CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
+
+# The same function; the second is one kernel, the first a chain of eight.
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def get_activation(name: str) -> nn.Module:
+    """The activation of transformers with that name, which the configuration has checked."""
+    return ACT2FN[TANH_GELUS[-1] if name in TANH_GELUS else name]
+
+
+def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
+    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product, for a third of its time.
+
+    It can for a plain linear layer that nobody listens to, in inference on the CPU. torch.compile fuses by itself.
+    """
+    is_plain = (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter  # no quantized or sharded tensor
+        and type(x) is Tensor
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    )
+    is_busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return (
+        is_plain
+        and not (is_busy or is_traced())
+        and x.device.type == "cpu"
+        and x.dtype == linear.weight.dtype
+        and x.dtype in fused_gelu_dtypes()
+    )
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The tanh-GELU of a linear layer by oneDNN's fused kernel, an operator of torch that is not public."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+
+
+@cache
+def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes for which `linear_gelu` works with this build of torch and is fast on this processor: tried once."""
+    usable = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = (torch.linspace(-2, 2, n, dtype=dtype) for n in (32, 128, 8))
+        x, weight = x.view(4, 8, 1).expand(4, 8, 16).contiguous(), weight.view(8, 16)
+        try:
+            if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                continue
+            fused = linear_gelu(x, weight, bias)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # this build has no such operator
+            continue
+        plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        tolerance = 100 * torch.finfo(dtype).eps
+        if fused.dtype == dtype and torch.allclose(fused, plain, rtol=tolerance, atol=tolerance):
+            usable.append(dtype)
+    return tuple(usable)
+
+
+class LSGAlbertEmbeddings(nn.Module):
+    """Word, position and token-type embeddings, with the global tokens' own before them."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        width = config.embedding_size
+        self.add_positions = config.position_embedding_type == "absolute"
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
+        self.num_global_tokens = config.num_global_tokens
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (batch, length), or embeddings (batch, length, embedding_size) -> (batch, globals + length, ...)."""
+        text = self.embed_text(input_ids, token_type_ids, position_ids, inputs_embeds)
+        global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=text.device))
+        global_tokens = global_tokens.to(text.dtype).expand(text.shape[0], -1, -1)
+        return self.finish(torch.cat([global_tokens, text], dim=1))
+
+    def embed_text(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """The text alone, as a sum that `finish` is still to be applied to: (batch, length, embedding_size)."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length = words.shape[1]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(1, length, dtype=torch.long, device=words.device)
+        text = words + self.token_type_embeddings(token_type_ids)
+        if self.add_positions:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=words.device)[None]
+            text = text + self.position_embeddings(position_ids)
+        return text
+
+    def finish(self, embeddings: Tensor) -> Tensor:
+        """Normalization and dropout."""
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+class LSGAlbertAttention(nn.Module):
+    """Multi-head LSG attention with its output projection, residual connection and normalization."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        visible: Tensor | BlockList,
+        pattern: LSGPattern,
+        projections: tuple[Tensor, ...] = (),
+        map_size: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Attend.
+
+        Args:
+            hidden_states: (batch, globals + length, hidden), or (tokens, hidden) listed by blocks.
+            visible: (batch, length) bool, which text tokens may be attended to; of listed tokens, their blocks.
+            pattern: which keys a query sees.
+            projections: of "lsh".
+            map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
+
+        Returns:
+            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if one is
+            wanted. The context is then computed from it, so that gradients reach it, and dropout falls on its weights.
+        """
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
+            for projection in (self.query, self.key, self.value)
+        )  # ([batch,] heads, tokens, head_size)
+        implementation = self.config._attn_implementation
+        check_attn_implementation(implementation)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if implementation == "flex_attention":
+            check_no_dropout(dropout)
+        maps = []
+        if map_size is None:
+            attention = block_attention if isinstance(visible, BlockList) else lsg_attention
+            context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
+        else:
+            maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])
+            context = F.dropout(maps[0], dropout) @ value[:, :, :map_size]
+            context = F.pad(context, (0, 0, 0, query.shape[2] - map_size))  # nothing reads the padding's context
+        return context.transpose(-3, -2).flatten(-2), *maps
+
+    def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
+        return self.LayerNorm(hidden_states + self.output_dropout(self.dense(context)))
+
+
+class LSGAlbertLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward part."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LSGAlbertAttention(config)
+        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = get_activation(config.hidden_act)
+        self.is_tanh_gelu = config.hidden_act in TANH_GELUS
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The new states, and the map if one is wanted; arguments as in `LSGAlbertAttention.forward`.
+
+        All that is returned are tensors, which tools that hook layers count on.
+        """
+        context, *maps = self.attention(hidden_states, *args, **kwargs)
+        size = self.chunk_size(hidden_states)
+        if size is None:
+            return self.feed_forward(self.attention.add_context(hidden_states, context)), *maps
+        chunks = zip(hidden_states.split(size, dim=-2), context.split(size, dim=-2), strict=True)
+        states = [self.feed_forward(self.attention.add_context(*chunk)) for chunk in chunks]
+        return torch.cat(states, dim=-2), *maps
+
+    def chunk_size(self, hidden_states: Tensor) -> int | None:
+        """How many tokens to take at a time after the attention, where no token needs another; None for all at once.
+
+        As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
+        training: gradient checkpointing must compute what it did before, to the last bit. An exported graph is for any
+        number of tokens, and so cannot say how many chunks there are.
+        """
+        if is_exported():
+            return None
+        if self.chunk_size_feed_forward:
+            return self.chunk_size_feed_forward
+        if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
+            return None
+        num_tokens = hidden_states.shape[-2]
+        # Chunks of one size, about: a last one of a single token would read all weights for it.
+        return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
+        if self.is_tanh_gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
+            activated = linear_gelu(hidden_states, self.ffn.weight, self.ffn.bias)
+        else:
+            activated = self.activation(self.ffn(hidden_states))
+        output = self.ffn_output(activated)
+        return self.full_layer_layer_norm(output + hidden_states)
+
+
+class LSGAlbertLayerGroup(nn.Module):
+    """The layers of one group; only a container, under ALBERT's parameter names."""
+
+    def __init__(self, config: LSGAlbertConfig):
+        super().__init__()
+        self.albert_layers = nn.ModuleList([LSGAlbertLayer(config) for _ in range(config.inner_group_num)])
+
+
+class LSGAlbertEncoder(nn.Module):
+    """The stack of shared layer groups.
+
+    Args:
+        config: sizes and pattern.
+        reads_padding: whether something computes with the outputs of padding, which is then not left out.
+    """
+
+    def __init__(self, config: LSGAlbertConfig, reads_padding: bool = False):
+        super().__init__()
+        self.config = config
+        self.pattern = LSGPattern(
+            num_global_tokens=config.num_global_tokens,
+            block_size=config.block_size,
+            sparsity_type=config.sparsity_type if config.is_sparse else None,
+            sparse_block_size=config.sparse_block_size or 0,
+            sparsity_factor=config.sparsity_factor,
+            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
+        )
+        self.reads_padding = reads_padding
+        self.is_seeded = config.lsh_seed is not None
+        if self.is_seeded:
+            # As integers of the same bits, or `model.half()` would round them.
+            for i, projection in enumerate(self.draw_projections()):
+                self.register_buffer(f"projections_{i}", projection.view(torch.int32), persistent=False)
+        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+        self.albert_layer_groups = nn.ModuleList(
+            [LSGAlbertLayerGroup(config) for _ in range(config.num_hidden_groups)]
+        )
+
+    def forward(
+        self, embeddings: Tensor, visible: Tensor, output_attentions: bool = False, output_hidden_states: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Apply all layers.
+
+        Args:
+            embeddings: (batch, globals + length, embedding_size).
+            visible: (batch, length) bool, which text tokens may be attended to.
+            output_attentions: whether to return maps.
+            output_hidden_states: whether to return states in between.
+
+        Returns:
+            The last states (batch, globals + length, hidden); the text's states (batch, length, hidden) that went into
+            each layer; and the layers' effective attention maps (batch, heads, globals + length, globals + length).
+        """
+        num_tokens, length = embeddings.shape[1], visible.shape[1]
+        alignment = self.alignment(length)
+        embeddings, visible = F.pad(embeddings, (0, 0, 0, alignment)), F.pad(visible, (0, alignment), value=False)
+        pack, unpack, seen = self.layout(visible, with_maps=output_attentions)
+        states = self.embedding_hidden_mapping_in(pack(embeddings))
+        text_states, attention_maps = [], []
+        projections = iter(self.projections_of_calls())
+        for group_index in self.group_of_layer():
+            if output_hidden_states:
+                text, rows = expose_text(unpack(states), num_tokens - length, num_tokens)
+                text_states.append(text)
+                states = states if is_exported() else pack(rows)  # exported graphs have no gradients
+            elif output_attentions:
+                states = unpack(states)  # maps show blank padding, whether states are asked for or not
+            for layer in self.albert_layer_groups[group_index].albert_layers:
+                map_size = num_tokens if output_attentions else None
+                states, *attention_map = layer(states, seen, self.pattern, next(projections), map_size)
+                attention_maps += attention_map
+        return first_tokens(unpack(states), num_tokens), text_states, attention_maps
+
+    def layout(
+        self, visible: Tensor, with_maps: bool
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor | BlockList]:
+        """How the layers get the tokens of a batch: short texts as rows, long ones block by block.
+
+        Args:
+            visible: (batch, length) bool, of aligned texts.
+            with_maps: whether attention maps are wanted. They are maps of rows, so all texts then stay rows.
+
+        Returns:
+            What packs rows (batch, globals + length, ...) for the layers; what unpacks them again, with zeros for
+            blocks of padding; and what tells the layers which tokens may be attended to.
+        """
+        if not is_exported() and visible.shape[1] <= self.pattern.full_length:
+            return unchanged, unchanged, visible
+        blocks = list_blocks(visible, self.pattern.block_size, self.padding_mode(visible))
+        if with_maps:
+            return unchanged, lambda rows: blocks.unpack(blocks.pack(rows)), visible
+        return blocks.pack, blocks.unpack, blocks
+
+    def padding_mode(self, visible: Tensor) -> str:
+        """What `list_blocks` does with blocks of padding. How many there are depends on the data, which a compiler
+        does not know."""
+        if self.reads_padding or not self.config.pack_padding:
+            return "keep"
+        is_compiled = is_traced() or self.config._attn_implementation == "flex_attention"
+        return "blank" if is_compiled or visible.is_meta else "drop"
+
+    def alignment(self, length: int) -> int:
+        """How many tokens are appended to a text of `length` tokens so that its blocks are whole.
+
+        Raises:
+            ValueError: some, but `adaptive` is False.
+        """
+        block_size = self.pattern.block_size
+        missing = (length + block_size - 1) // block_size * block_size - length
+        if is_exported():  # a graph is one for all lengths: short texts go through blocks too
+            return missing
+        missing = missing if length > self.pattern.full_length else 0
+        if missing and not self.config.adaptive:
+            raise ValueError(
+                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
+                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
+            )
+        return missing
+
+    def group_of_layer(self) -> list[int]:
+        """The index of the group that each of the `num_hidden_layers` layers applies."""
+        num_layers, num_groups = self.config.num_hidden_layers, self.config.num_hidden_groups
+        return [layer * num_groups // num_layers for layer in range(num_layers)]
+
+    def draw_projections(self) -> list[Tensor]:
+        """The random projections of "lsh" for all calls of an attention layer, see `hash_projections`."""
+        config = self.config
+        num_calls = config.num_hidden_layers * config.inner_group_num
+        head_size = config.hidden_size // config.num_attention_heads
+        return hash_projections(
+            num_calls, self.pattern.hash_rounds, config.num_attention_heads, head_size, config.lsh_seed
+        )
+
+    @torch.no_grad()
+    def reset_projections(self) -> None:
+        """Write the seeded projections into their buffers, which a model built on the meta device has lost."""
+        if self.is_seeded:
+            for i, projection in enumerate(self.draw_projections()):
+                self.get_buffer(f"projections_{i}").copy_(projection.view(torch.int32))
+
+    def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
+        """For each call of an attention layer, its projections. Those without a seed are drawn here, before the layers,
+        so that gradient checkpointing computes a layer again with what it had."""
+        if self.is_seeded:
+            rounds = [self.get_buffer(f"projections_{i}") for i in range(len(self.pattern.hash_rounds))]
+            rounds = [projections.view(torch.float32) for projections in rounds]
+        else:
+            rounds = self.draw_projections()
+        num_calls = self.config.num_hidden_layers * self.config.inner_group_num
+        return [tuple(projections[call] for projections in rounds) for call in range(num_calls)]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def expose_text(rows: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """The tokens from `first` up to `end` of rows (batch, tokens, hidden), and rows that are made of them: what is
+    returned to the user is then what the next layer reads, and so gets a gradient."""
+    text = first_tokens(rows, end)[:, first:]
+    return text, torch.cat([rows[:, :first], text, rows[:, end:]], dim=1)
+
+
+def first_tokens(x: Tensor, length: int) -> Tensor:
+    """The first of a row's tokens: (batch, tokens, ...) -> (batch, length, ...)."""
+    if is_exported():  # torch.export does not see that a length is at most what it is padded to, as a slice must know
+        return x[:, torch.arange(length, device=x.device)]
+    return x[:, :length]

@@ -1,0 +1,141 @@
+"""Checks of what a model is given, and rows that hold several texts.
+
+Rows of several texts are those that `DataCollatorWithFlattening` of transformers makes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_lsg_albert import LSGAlbertConfig
+from .lsg_tracing import is_traced
+
+
+def check_tokens(
+    config: LSGAlbertConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    prefix: str = "",
+    past_length: int = 0,
+) -> tuple[int, int]:
+    """The batch size and length of ids (batch, length), or of embeddings (batch, length, embedding_size) if there are any.
+
+    Args:
+        config: of the model.
+        input_ids, inputs_embeds: one of them is not None.
+        prefix: what stands before their names, for messages.
+        past_length: how many tokens came before them.
+
+    Raises:
+        ValueError: they have a wrong shape, or more tokens than there are positions.
+    """
+    name, given, num_dims = (
+        (f"{prefix}input_ids", input_ids, 2) if inputs_embeds is None else (f"{prefix}inputs_embeds", inputs_embeds, 3)
+    )
+    if given.ndim != num_dims:
+        shape = "(batch, length)" if num_dims == 2 else "(batch, length, embedding_size)"
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(given.shape)}.")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != config.embedding_size:
+        raise ValueError(
+            f"`{name}` must have `embedding_size` ({config.embedding_size}) as its last dimension, got the shape "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+    batch_size, length = given.shape[:2]
+    if length == 0:
+        raise ValueError(f"`{name}` has the length 0: give at least one token.")
+    limit = config.max_position_embeddings
+    if past_length + length > limit:
+        before = f" behind the {past_length} in the cache" if past_length else ""
+        raise ValueError(
+            f"`{name}` has {length} tokens{before}, but `max_position_embeddings` is {limit}. Truncate the text "
+            "(`truncation=True, max_length=...` in the tokenizer; a smaller `max_length` in `generate`), or convert "
+            "the checkpoint for more positions with `convert_albert_to_lsg.py` and a max length of at least "
+            f"{past_length + length}."
+        )
+    return batch_size, length
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
+    """`ValueError` for an attention mask of another shape than (batch, length), or of another kind than 0 and 1."""
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"`{name}` must have the shape (batch, length) = {shape}, with 1 for real tokens and 0 for masked ones, "
+            f"got the shape {tuple(mask.shape)}."
+        )
+    if has_other_than_0_and_1(mask):
+        raise ValueError(f"`{name}` must hold 1 for real tokens and 0 for masked ones, got other values.")
+
+
+def has_other_than_0_and_1(mask: Tensor) -> bool:
+    """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
+    look would make the processor wait for the device."""
+    if not mask.is_floating_point() or mask.device.type == "meta" or is_traced():
+        return False
+    return bool(((mask != 0) & (mask != 1)).any())
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Where the texts are in rows that hold several.
+
+    Args:
+        shape: (batch, length) of the rows.
+        token: (texts, longest) long, the place of each text's tokens among those of all rows.
+        is_token: (texts, longest) bool, False for the padding behind a text.
+        attention_mask: (texts, longest) bool, which tokens may be attended to.
+    """
+
+    shape: tuple[int, int]
+    token: Tensor
+    is_token: Tensor
+    attention_mask: Tensor
+
+    def unpack(self, x: Tensor | None) -> Tensor | None:
+        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...), with anything behind them."""
+        return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
+
+    def pack(self, x: Tensor | None) -> Tensor | None:
+        """The reverse."""
+        return None if x is None else x[self.is_token].unflatten(0, self.shape)
+
+
+def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
+    """The texts of rows that hold several, None for other rows.
+
+    Args:
+        position_ids: (batch or 1, length). Texts are packed where all positions count up by one, but begin again
+            within a row, at 0 or where the row began.
+        given: the ids or embeddings (batch, length, ...).
+        attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
+
+    Raises:
+        ValueError: positions are given to a trace, which cannot look at them.
+    """
+    if position_ids is None or position_ids.is_meta or given is None or given.ndim < 2:
+        return None
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`position_ids` would say whether a row holds one text or several, which a trace cannot look at: leave them "
+            "out, and each row is one text."
+        )
+    shape = tuple(given.shape[:2])
+    if attention_mask is not None:
+        check_mask("attention_mask", attention_mask, shape)
+    if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(f"`position_ids` must have the shape (batch or 1, length), got {tuple(position_ids.shape)}.")
+    position_ids = position_ids.expand(shape)
+    visible = torch.ones_like(position_ids) if attention_mask is None else attention_mask.to(position_ids.device)
+    visible = visible.bool()
+    counts_up = F.pad(position_ids.diff() == 1, (1, 0))
+    begins = ((position_ids == 0) | (position_ids == position_ids[:, :1])) & ~counts_up & visible
+    is_packed = (begins | counts_up | ~visible).all() & (begins.sum(1) > 1).any() & counts_up.any()
+    if not is_packed:
+        return None
+    begins[:, 0] = True
+    first = begins.flatten().nonzero()
+    length = F.pad(first, (0, 0, 0, 1), value=begins.numel()).diff(dim=0)
+    place = torch.arange(int(length.max()), device=first.device)
+    token, is_token = (first + place).clamp(max=begins.numel() - 1), place < length
+    return PackedTexts(shape, token, is_token, visible.flatten()[token] & is_token)

@@ -1,0 +1,87 @@
+"""What models return: output classes, selected states, losses."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class LSGAlbertModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`LSGAlbertModel`]: that of ALBERT, and the global tokens.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The text tokens' last states; the first is that of the first global token with `pool_with_global`.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
+            The first of them after the pooler.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            `num_hidden_layers + 1` states of the shape of `last_hidden_state`, from the embeddings on.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The effective attention maps of the `num_hidden_layers * inner_group_num` layers, `(batch_size,
+            num_attention_heads, num_global_tokens + sequence_length, num_global_tokens + sequence_length)`, global
+            tokens first. Every row sums to 1.
+        global_hidden_states (`torch.FloatTensor` of shape `(batch_size, num_global_tokens, hidden_size)`):
+            The global tokens' last states.
+    """
+
+    global_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class LSGAlbertForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`LSGAlbertForPreTraining`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Sum of the masked-language-model and the sentence-order loss, when both labels are given.
+        prediction_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the vocabulary before softmax.
+        sop_logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
+            Scores of the sentence order before softmax.
+        hidden_states, attentions (*optional*):
+            As in [`LSGAlbertModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    sop_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def select_states(
+    hidden_states: list[Tensor], selection: bool | int | list[int] | None
+) -> tuple[Tensor | None, ...] | None:
+    """All states for True, none for False or None; for indices, which may be negative, None in place of the others."""
+    if selection is None or isinstance(selection, bool):
+        return tuple(hidden_states) if selection else None
+    indices = [selection] if isinstance(selection, int) else selection
+    chosen = {index % len(hidden_states) for index in indices if -len(hidden_states) <= index < len(hidden_states)}
+    return tuple(states if i in chosen else None for i, states in enumerate(hidden_states))
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Cross entropy of scores (..., classes) for labels (...); -100 is left out.
+
+    It is the mean, or the sum divided by `num_items` where a step of training counts the labels of several batches.
+    """
+    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
+    if num_items is None:
+        return F.cross_entropy(logits, labels)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(logits.device).flatten()[0]  # `DataParallel` hands a matrix to each device
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / num_items  # float16 would overflow
+
+
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Mean cross entropy of scores (batch, length) for positions (batch,) or (batch, 1); those past the end are left
+    out, negative ones count as 0."""
+    length = logits.shape[1]
+    return F.cross_entropy(logits, positions.to(logits.device).flatten().clamp(0, length), ignore_index=length)

@@ -1,0 +1,132 @@
+"""What the sequence-to-sequence head does beyond a head: a step of `generate`, checks, the encoder's outputs."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .configuration_lsg_albert import LSGAlbertConfig
+from .lsg_compat import as_encoder_decoder_cache, find_cache
+from .lsg_inputs import check_mask, check_tokens
+from .lsg_outputs import LSGAlbertModelOutput
+
+# What a decoding step needs of all that `generate` hands from step to step. The last is refused by `forward`.
+DECODING_ARGUMENTS = (
+    "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
+    "output_hidden_states", "decoder_inputs_embeds",
+)  # fmt: skip
+
+
+def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the model's `forward` for one step of `generate`.
+
+    Args:
+        input_ids: (batch, length), the decoder's tokens: all so far, or the new ones alone.
+        arguments: whatever `generate` hands from step to step. The cache is found among them by its type, since its
+            name differs between releases; others than the `DECODING_ARGUMENTS` are for the encoder or for `generate`.
+
+    Returns:
+        Those arguments, the cache, and as `decoder_input_ids` the tokens that are not in the cache yet.
+    """
+    cache = find_cache(arguments.values())
+    if cache is not None:
+        cache = as_encoder_decoder_cache(cache)
+        num_new = input_ids.shape[1] - cache.self_attention_cache.get_seq_length()
+        input_ids = input_ids[:, -max(1, num_new) :].contiguous()
+    needed = {name: arguments[name] for name in DECODING_ARGUMENTS if name in arguments}
+    return {**needed, "decoder_input_ids": input_ids, "cache": cache}
+
+
+def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
+    """The encoder's outputs by name, also where they come as the tuple that `return_dict=False` gives."""
+    if isinstance(encoder_outputs, ModelOutput):
+        return encoder_outputs
+    last_hidden_state, *others = encoder_outputs
+    named = {name_of_output(part): part for part in others if part is not None and len(part)}
+    return LSGAlbertModelOutput(last_hidden_state, **named)
+
+
+def name_of_output(part: Tensor | tuple) -> str:
+    """Which output of the encoder a part of a tuple is. What is None is left out of tuples, so no place says it; the
+    number of dimensions does. States that were not selected are None."""
+    if isinstance(part, Tensor):
+        return "global_hidden_states" if part.ndim == 3 else "pooler_output"
+    are_maps = any(x is not None and x.ndim == 4 for x in part)
+    return "attentions" if are_maps else "hidden_states"
+
+
+def states_for_decoder(encoder_outputs: ModelOutput, passes_globals: bool) -> Tensor:
+    """The states that the decoder attends to, (batch, keys, hidden): those of the global tokens if they are passed on,
+    then the text's.
+
+    Raises:
+        ValueError: the global tokens' states are missing, or of another batch.
+    """
+    text_states = encoder_outputs.last_hidden_state
+    if not passes_globals:
+        return text_states
+    global_states = encoder_outputs.get("global_hidden_states")
+    if global_states is None:
+        raise ValueError(
+            "`encoder_outputs` has no `global_hidden_states`, which the decoder attends to: give all that "
+            "`get_encoder()` returns, or set `pass_global_tokens_to_decoder=False` in the config."
+        )
+    if len(global_states) != len(text_states):
+        raise ValueError(
+            f"`encoder_outputs` has `global_hidden_states` of {len(global_states)} rows and a `last_hidden_state` "
+            f"of {len(text_states)}: give the same batch for both."
+        )
+    return torch.cat([global_states, text_states], dim=1)
+
+
+def encoder_visibility(attention_mask: Tensor | None, keys: Tensor, num_globals: int) -> Tensor:
+    """Which of the encoder's states (batch, keys, ...), of which the first `num_globals` are global tokens, may be
+    attended to: (batch, keys) bool. In a row without any real token or global token it is all of them."""
+    if attention_mask is None:
+        return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+    check_mask("attention_mask", attention_mask, (len(keys), keys.shape[1] - num_globals))
+    visible = F.pad(attention_mask.to(keys.device, torch.bool), (num_globals, 0), value=True)
+    return visible | ~visible.any(1, keepdim=True)
+
+
+def default_decoder_text(input_ids: Tensor | None, labels: Tensor | None, past_length: int) -> Tensor:
+    """What the decoder's inputs are made from where none are given: the labels, or else the encoder's ids.
+
+    Raises:
+        ValueError: there are neither, or the text has begun already.
+    """
+    text = input_ids if labels is None else labels
+    if text is None or past_length > 0:
+        raise ValueError(
+            "The decoder has no inputs: give `decoder_input_ids` or `decoder_inputs_embeds`, or, at the start of a "
+            "text, `labels` or `input_ids` that they can be made from."
+        )
+    return text
+
+
+def check_decoder_inputs(
+    config: LSGAlbertConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    batch_size: int,
+    past_length: int,
+) -> None:
+    """`ValueError` for inputs of the decoder that are not in order, or not of the encoder's batch."""
+    if input_ids is not None and inputs_embeds is not None:
+        raise ValueError("Give `decoder_input_ids` or `decoder_inputs_embeds`, not both.")
+    shape = check_tokens(config, input_ids, inputs_embeds, "decoder_", past_length)
+    name = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
+    if shape[0] != batch_size:
+        raise ValueError(
+            f"`{name}` has a batch of {shape[0]}, but that of the encoder is {batch_size}: they must be the same."
+        )
+    if labels is not None and tuple(labels.shape) != shape:
+        raise ValueError(
+            f"`labels` must have the shape of `{name}`, (batch, length) = {shape}, got {tuple(labels.shape)}."
+        )
+    if attention_mask is not None:
+        check_mask("decoder_attention_mask", attention_mask, (batch_size, past_length + shape[1]))
