@@ -22,11 +22,11 @@ class BlockRange(NamedTuple):
     def shifted(self, num_blocks: int) -> "BlockRange":
         """The ranges as counted from block `num_blocks` on."""
         offset = num_blocks * self.step
-        return self._replace(start=self.start + offset, end=self.end + offset)
+        return BlockRange(self.start + offset, self.end + offset, self.step)
 
     def columns(self, begin: int, end: int) -> "BlockRange":
         """Of each range only the places from `begin` up to, but without, `end`; nothing if these are not in order."""
-        return self._replace(start=self.start + begin, end=self.start + max(begin, end))
+        return BlockRange(self.start + begin, self.start + max(begin, end), self.step)
 
     def contains(self, token: Any, block: Any) -> Any:
         """Whether tokens are in the ranges of blocks; both are integers or integer tensors."""
@@ -74,6 +74,11 @@ class LSGPattern:
         step, size = self.sparse_per_block, self.sparse_block_size
         left, right = -self.neighbours * step, (self.neighbours + 1) * step
         return BlockRange(left - size, left, step), BlockRange(right, right + size, step)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that a query of the text sees, where none of its ranges reaches past the text."""
+        return self.num_global_tokens + sum(where.size for where in (self.text_range, *self.sparse_ranges))
 
     @property
     def full_length(self) -> int:

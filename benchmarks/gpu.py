@@ -32,6 +32,7 @@ from benchmarks.speed import (
     table,
 )
 from benchmarks.worker import Failure, synchronize
+from lsg_albert.lsg_pattern import LSGPattern
 
 LENGTHS = (4096, 8192, 16384, 32768)
 DTYPE = "bfloat16"
@@ -108,7 +109,7 @@ def model_flops(size: Size, length: int, mode: str) -> float:
     A multiplication and an addition are two; a backward pass is twice the forward pass. Norms, activations, softmax and
     the selection count as nothing.
     """
-    keys = min(1 + 2 * size.block + 3 * size.block, 1 + length)
+    keys = min(LSGPattern(1, size.block, "norm", size.block, 2).num_keys, 1 + length)
     products = 4 * size.hidden**2 + 2 * size.hidden * size.feed_forward
     forward = 2 * size.embedding * size.hidden + size.layers * (2 * products + 4 * size.hidden * keys)
     if mode == "forward":

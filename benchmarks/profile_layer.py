@@ -31,7 +31,7 @@ from benchmarks.contestants import OTHER_SELECTIONS, ours
 from benchmarks.runner import describe_machine
 from benchmarks.speed import describe, table
 from benchmarks.worker import make_inputs, synchronize
-from lsg_albert import modeling_lsg_albert
+from lsg_albert import lsg_encoder
 
 Key = tuple[str, str, str]  # part of the layer, function, operator
 
@@ -86,8 +86,9 @@ def part_of(operator: str, sizes: set[int], functions: list[tuple[str, str]], si
 
 
 def attention_modules() -> list[ModuleType]:
-    """`lsg_attention`, `lsg_sparsity` and whatever else of that kind the model uses."""
-    return [module for name, module in sys.modules.items() if name.startswith("lsg_albert.lsg_")]
+    """`lsg_attention` and the modules of its parts."""
+    parts = ("attention", "blocks", "chunks", "flex", "softmax", "sparsity", "windows")
+    return [sys.modules[f"lsg_albert.lsg_{part}"] for part in parts]
 
 
 @contextmanager
@@ -173,7 +174,7 @@ def time_calls(call: Callable[[], None], device: str, rounds: int) -> list[float
 def time_operators(call: Callable[[], None], size: Size, device: str, rounds: int) -> dict[Key, float]:
     """Median seconds of each part, function and operator in `rounds` calls."""
     runs = []
-    with watched_functions(attention_modules(), modeling_lsg_albert) as functions:
+    with watched_functions(attention_modules(), lsg_encoder) as functions:
         for _ in range(rounds):
             with OperatorTimes(size, device, functions) as times:
                 call()
