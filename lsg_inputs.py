@@ -110,6 +110,9 @@ def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask
         given: the ids or embeddings (batch, length, ...).
         attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
 
+    To look at the positions is to wait for their device; `torch.compile` breaks its graph here, where it may, and
+    `torch.export` ends with an error of its own.
+
     Raises:
         ValueError: positions are given to a trace, which cannot look at them.
     """

@@ -91,6 +91,7 @@ def write_results(output: Path, results: dict, table: str, documents: Iterable[d
 def save_final(trainer: Trainer, output: Path) -> None:
     """The model and its tokenizer as ``final``, which is whole or not there. All processes call this."""
     partial, final = output / "final.partial", output / "final"
+    trainer.model.config.use_cache = True  # transformers 5's Trainer has set it to False
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         shutil.rmtree(final, ignore_errors=True)

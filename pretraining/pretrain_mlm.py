@@ -422,6 +422,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
         if trainer.is_fsdp_enabled:  # whatever its checkpoints are
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.model.config.use_cache = True  # transformers 5's Trainer has set it to False
         trainer.save_model(str(args.output / "final"))
         if trainer.is_world_process_zero():
             copy_tokenizer(Path(args.tokenizer or args.model), args.output / "final")

@@ -92,13 +92,18 @@ def test_write_atomically_leaves_the_old_file_until_the_new_one_is_whole(tmp_pat
 
 
 def test_save_final_replaces_a_whole_folder(tmp_path):
+    config = SimpleNamespace(use_cache=False)  # as the Trainer leaves it
+
     def save_model(folder):
+        assert config.use_cache
         (tmp_path / "final.partial").mkdir()
         (tmp_path / "final.partial" / "new").write_text(folder)
 
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "old").write_text("")
-    trainer = SimpleNamespace(save_model=save_model, is_world_process_zero=lambda: True)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(config=config), save_model=save_model, is_world_process_zero=lambda: True
+    )
     fine_tuning.save_final(trainer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]

@@ -256,6 +256,7 @@ def test_killed_and_resumed_run_equals_an_unbroken_one(corpus, start, tmp_path):
     assert len(losses(whole)) == 6 and losses(broken) == losses(whole)
     load = AutoModelForMaskedLM.from_pretrained
     weights = [load(path / "final", trust_remote_code=True).state_dict() for path in (whole, broken)]
+    assert json.loads((whole / "final" / "config.json").read_text())["use_cache"] is True
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
