@@ -229,6 +229,37 @@ print("loaded")
     assert result.stdout.endswith("loaded\n"), result.stdout + result.stderr
 
 
+def test_every_saved_class_carries_all_code_and_loads_as_every_other(repository, tmp_path):
+    """In processes of their own: what a file imports late, or from the module that imports it, shows only there."""
+    save = """
+from pathlib import Path
+import transformers
+repository, target, heads, code = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(","), set(sys.argv[4].split(","))
+for head in heads:
+    model = getattr(transformers, head).from_pretrained(repository, trust_remote_code=True)
+    model.save_pretrained(target / head)
+    assert {path.name for path in (target / head).glob("*.py")} == code, head
+print("saved")
+"""
+    load = """
+from pathlib import Path
+import transformers
+source, heads = Path(sys.argv[1]), sys.argv[2].split(",")
+for saved in heads:
+    for head in heads:
+        options = dict(trust_remote_code=True, ignore_mismatched_sizes=True)  # classifiers of other sizes
+        model = getattr(transformers, head).from_pretrained(source / saved, **options)
+        assert type(model).__module__.startswith("transformers_modules."), (saved, head)
+print("loaded")
+"""
+    heads, modules_cache = ",".join(HEADS), tmp_path / "modules"
+    arguments = (tmp_path / "saved", heads)
+    for code, given in ((save, (repository, *arguments, ",".join(CODE))), (load, arguments)):
+        result = run_in_new_process(code, *given, cwd=tmp_path, modules_cache=modules_cache)
+        assert result.returncode == 0, result.stdout + result.stderr
+        shutil.rmtree(modules_cache)
+
+
 def test_tokenizer_loads_without_trust_question_or_warning(repository, tmp_path):
     """In a process of its own, where a question finds no one to answer and all that is printed is seen."""
     code = """
