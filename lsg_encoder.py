@@ -39,7 +39,7 @@ def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
         type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter  # no quantized or sharded tensor
         and type(x) is Tensor
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
     )
     is_busy = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
     return (

@@ -368,7 +368,7 @@ def test_attention_that_lsg_has_not_is_refused(tiny_config, implementation):
     ):
         with pytest.raises(ValueError) as error:
             make()
-        for part in ("`attn_implementation`", str(implementation), '"sdpa"', '"eager"'):
+        for part in (f'`attn_implementation="{implementation}"`', '"sdpa"', '"eager"'):
             assert part in str(error.value)
 
 
