@@ -66,7 +66,8 @@ def attention_gradients(
     return grad_query, grad_scores.mT @ query, weights.mT @ grad_context
 
 
-# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over.
+# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over. A graph for
+# any length takes windows: the mask's tiles are laid out for one.
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "flex_attention": sdpa_attention}
 
 
@@ -313,7 +314,7 @@ def block_attention(
     keys = global_key, text_key, sparse and sparse.key[0]
     values = global_value, text_value, sparse and sparse.value[0]
     owners = key_owners(blocks, sparse, pattern)
-    if implementation == "flex_attention":
+    if implementation == "flex_attention" and not is_exported():
         text_context = flex_blocks(query_blocks, keys, values, owners, blocks.row, pattern)
     else:
         text_context = window_attention(
@@ -371,7 +372,7 @@ def key_owners(
     row = blocks.row.to(torch.int32)
 
     def owner(visible: Tensor, tokens_per_block: int) -> Tensor:
-        return torch.where(visible.unflatten(-1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
+        return torch.where(visible.unflatten(1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
 
     of_text, of_sparse = owner(blocks.visible[None], pattern.block_size), None
     if sparse is not None:
