@@ -70,7 +70,7 @@ def block_attention(
     sparse = sparse_tokens(query_blocks, text_key, text_value, blocks, pattern, projections)
     keys, values = KeyParts(global_key, text_key, sparse.key), KeyParts(global_value, text_value, sparse.value)
     owners = key_owners(blocks, sparse.visible, pattern)
-    if implementation == "flex_attention":
+    if implementation == "flex_attention" and not is_exported():
         text_context = flex_attention_of_blocks(query_blocks, keys, values, owners, blocks.row, pattern)
     else:
         text_context = window_attention(
@@ -141,7 +141,7 @@ def key_owners(blocks: BlockList, sparse_visible: Tensor | None, pattern: LSGPat
     row = blocks.row.to(torch.int32)
 
     def owner(visible: Tensor, tokens_per_block: int) -> Tensor:
-        return torch.where(visible.unflatten(-1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
+        return torch.where(visible.unflatten(1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
 
     of_text, of_sparse = owner(blocks.visible[None], pattern.block_size), None
     if sparse_visible is not None:

@@ -386,11 +386,21 @@ class LSGAlbertEncoder(nn.Module):
         so that gradient checkpointing computes a layer again with what it had."""
         if self.is_seeded:
             rounds = [self.get_buffer(f"projections_{i}") for i in range(len(self.pattern.hash_rounds))]
-            rounds = [projections.view(torch.float32) for projections in rounds]
+            rounds = [floats_of_bits(bits) if is_exported() else bits.view(torch.float32) for bits in rounds]
         else:
             rounds = self.draw_projections()
         num_calls = self.config.num_hidden_layers * self.config.inner_group_num
         return [tuple(projections[call] for projections in rounds) for call in range(num_calls)]
+
+
+def floats_of_bits(bits: Tensor) -> Tensor:
+    """What `bits.view(torch.float32)` gives for int32, by arithmetic, which is exact: ONNX has no such view. Only for
+    normal numbers, to which a random number belongs."""
+    magnitude = bits.long() + torch.where(bits < 0, 2**31, 0)
+    exponent = magnitude // 2**23
+    significand = (magnitude - exponent * 2**23 + 2**23) * torch.where(bits < 0, -1, 1)
+    powers = torch.tensor([2.0 ** (i - 150) for i in range(255)], dtype=torch.float32, device=bits.device)
+    return significand.to(torch.float32) * powers[exponent]
 
 
 def unchanged(x: Tensor) -> Tensor:

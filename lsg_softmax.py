@@ -46,7 +46,8 @@ def attention_gradients(
     return grad_query, grad_scores.mT @ query, weights.mT @ grad_context
 
 
-# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over.
+# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over. A graph for
+# any length takes windows: the mask's tiles are laid out for one.
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "flex_attention": sdpa_attention}
 
 

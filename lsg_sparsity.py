@@ -184,6 +184,9 @@ def cluster(key: Tensor, visible: Tensor, rounds: tuple[int, ...], projections: 
 
 def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
     """Buckets (B, H, C, W) as the matrix (B, H, C, R, W) with `visible` (B, 1, C, W) at each token's bucket, else 0."""
+    if torch.onnx.is_in_onnx_export():  # slower, but without shapes that the older exporter would freeze
+        is_member = bucket[..., None, :] == torch.arange(num_buckets, device=bucket.device)[:, None]
+        return is_member * visible[..., None, :]
     members = visible.new_zeros(*bucket.shape[:-1], num_buckets, bucket.shape[-1])
     return members.scatter_(-2, bucket[..., None, :], visible.expand(bucket.shape)[..., None, :])
 
@@ -206,7 +209,7 @@ def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
     scores = vectors.flatten(2, 3) @ projection.to(vectors)
     (highest, direction), (lowest, opposite) = scores.max(-1), scores.min(-1)
     nearest = torch.where(highest >= -lowest, direction, opposite + projection.shape[-1])
-    return nearest.unflatten(-1, vectors.shape[2:4])
+    return nearest.unflatten(2, (-1, vectors.shape[3]))
 
 
 def hash_projections(
