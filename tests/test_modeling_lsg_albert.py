@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lsg_albert
 from conftest import TINY
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
-from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.conversion.tensors import convert_state_dict
 from lsg_albert.modeling_lsg_albert import select_states
 from oracle import oracle_encoder
 

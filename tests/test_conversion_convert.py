@@ -12,9 +12,10 @@ from transformers import AlbertForMaskedLM, AlbertForPreTraining, AutoConfig
 import lsg_albert
 from albert_sources import HEADS, VOCAB_SIZE, edit_json, fingerprint, make_albert, pickle_weights, same, save
 from helpers import run_in_new_process
-from lsg_albert import checkpoint_conversion
-from lsg_albert.checkpoint_conversion import convert_checkpoint
-from lsg_albert.checkpoint_files import ConversionError
+from lsg_albert.configuration_lsg_albert import LSG_FIELDS
+from lsg_albert.conversion import convert as convert_module
+from lsg_albert.conversion.convert import convert_checkpoint
+from lsg_albert.conversion.files import ConversionError
 
 MADE = ("embeddings.global_embeddings.weight", "embeddings.position_embeddings.weight")
 SHORT = {"max_length": 64, "block_size": 16}
@@ -418,8 +419,8 @@ def test_a_conversion_that_loses_something_fails_loudly(masked_lm, target, tmp_p
         (name,) = (name for name in tensors if name.endswith(place) and "layer_norm" not in name)
         return {**tensors, name: tensors[name] + 0.01}
 
-    real = checkpoint_conversion.convert_state_dict
-    monkeypatch.setattr(checkpoint_conversion, "convert_state_dict", lossy)
+    real = convert_module.convert_state_dict
+    monkeypatch.setattr(convert_module, "convert_state_dict", lossy)
     with pytest.raises(ConversionError, match="not lossless|not the embedding of"):
         convert_checkpoint(masked_lm, target, **SHORT)
     assert list(tmp_path.iterdir()) == []
@@ -503,7 +504,7 @@ def test_the_card_says_what_is_known(source, target):
 def test_config_is_read_by_transformers_with_all_parameters(masked_lm, target):
     convert_checkpoint(masked_lm, target, **SHORT, lsh_seed=None, sparsity_type=None, verify=False)
     values = json.loads((target / "config.json").read_text())
-    assert checkpoint_conversion.lsg_parameters().keys() <= values.keys()
+    assert {*LSG_FIELDS} <= values.keys()
     config = lsg_albert.LSGAlbertConfig.from_pretrained(target)
     assert config.lsh_seed is None and config.sparsity_type is None and config.max_position_embeddings == 64
     assert type(AutoConfig.from_pretrained(target)).__name__ == "AlbertConfig"

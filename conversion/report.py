@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
-from .checkpoint_files import write_json
-from .conversion_checks import LOSSLESS, Comparison
+from .files import write_json
+from .verify import LOSSLESS, Comparison
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
 PIPELINE_TAGS = {
     "LSGAlbertModel": "feature-extraction",
     "LSGAlbertForMaskedLM": "fill-mask",
@@ -18,6 +19,7 @@ PIPELINE_TAGS = {
     "LSGAlbertForQuestionAnswering": "question-answering",
     "LSGAlbertForMultipleChoice": "multiple-choice",
 }
+STAYS_TRUE = ("license", "license_name", "license_link", "language", "datasets")  # of what a source's card says
 
 
 @dataclass
@@ -94,54 +96,22 @@ class Report:
 
 def model_card(report: Report, source_folder: Path) -> str:
     """The README.md of the target: what is known from the source, and what was done to it."""
-    head = CardData(**card_head(report, source_folder)).to_yaml()
-    parameters = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in report.lsg_parameters.items())
     auto_class = report.architecture.replace("LSGAlbert", "Auto").replace("AutoFor", "AutoModelFor")
-    loading = [
-        f"from transformers import {auto_class}",
-        f"model = {auto_class}.from_pretrained(repo, trust_remote_code=True)",
-    ]
-    if report.has_tokenizer:
-        loading = [
-            f"from transformers import {auto_class}, AutoTokenizer",
-            "tokenizer = AutoTokenizer.from_pretrained(repo)",
-            loading[1],
-        ]
-    loading.insert(1, 'repo = "."  # this directory, or its name on the Hub')
-    return f"""---
-{head}
----
-
-# {card_title(report)}
-
-An LSG-ALBERT: the ALBERT `{source_name(report)}` with local + sparse + global attention
-([Condevaux and Harispe, 2022](https://arxiv.org/abs/2210.15497)), for texts of up to {report.max_length:,} tokens.
-Made by `lsg-albert convert`, without training: what the source has learned, its vocabulary and its limits are unchanged.
-
-```python
-{chr(10).join(loading)}
-```
-
-## What was converted
-
-{conversion_facts(report)}
-
-Attention pattern (each can be replaced when loading, without training):
-
-| parameter | value |
-| --- | --- |
-{parameters}
-{comparison_section(report)}"""
+    card = ModelCard.from_template(
+        ModelCardData(**card_head(report, source_folder)),
+        template_path=str(TEMPLATE),
+        name=report.source
+        if is_on_hub(report)
+        else Path(report.source).resolve().name,  # the path is nobody's business
+        auto_class=auto_class,
+        **dataclasses.asdict(report),
+    )
+    return str(card)
 
 
-def source_name(report: Report) -> str:
-    """The source's name on the Hub, or its directory's name: the path to it is nobody's business."""
-    return report.source if not Path(report.source).is_dir() else Path(report.source).resolve().name
-
-
-def card_title(report: Report) -> str:
-    """The heading of the card."""
-    return f"LSG version of {source_name(report)}, {report.max_length:,} tokens"
+def is_on_hub(report: Report) -> bool:
+    """Whether the source is a repository, not a directory."""
+    return not Path(report.source).is_dir()
 
 
 def card_head(report: Report, source_folder: Path) -> dict[str, Any]:
@@ -153,51 +123,11 @@ def card_head(report: Report, source_folder: Path) -> dict[str, Any]:
             known = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
         except ValueError:  # its metadata cannot be read
             known = {}
-        head = {
-            name: known[name]
-            for name in ("license", "license_name", "license_link", "language", "datasets")
-            if known.get(name)
-        }
+        head = {name: known[name] for name in STAYS_TRUE if known.get(name)}
     head["library_name"] = "transformers"
     if report.architecture in PIPELINE_TAGS:
         head["pipeline_tag"] = PIPELINE_TAGS[report.architecture]
     head["tags"] = ["albert", "lsg", "long-context", "custom_code"]
-    if not Path(report.source).is_dir():
+    if is_on_hub(report):
         head["base_model"] = report.source
     return head
-
-
-def conversion_facts(report: Report) -> str:
-    """The facts of the conversion as a list."""
-    commit = f", commit `{report.source_commit}`" if report.source_commit else ""
-    facts = [
-        f"Source: `{source_name(report)}`{commit}; architecture `{report.source_architecture or 'not named'}`",
-        f"Architecture here: `{report.architecture}`, weights in {report.dtype}",
-        f"Parameters: {report.parameters_before:,} before, {report.parameters_after:,} after",
-        f"Positions: {report.source_max_length:,} before, {report.max_length:,} after "
-        + ("(the source's, repeated in order)" if report.max_length > report.source_max_length else "(the source's)"),
-        f"Global tokens: {report.global_tokens}",
-    ]
-    if not report.has_tokenizer:
-        facts.append("The source had no tokenizer, so there is none here")
-    if report.drawn:
-        facts.append(f"Drawn at random and not trained: {', '.join(f'`{name}`' for name in report.drawn)}")
-    if report.dropped:
-        facts.append(f"Left out: {', '.join(f'`{name}` ({reason})' for name, reason in report.dropped.items())}")
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    return "\n".join(f"- {fact}" for fact in [*facts, f"Made with {versions}"])
-
-
-def comparison_section(report: Report) -> str:
-    """What was measured, if anything was."""
-    seen = report.comparison
-    if seen is None:
-        return "\nThe conversion was not verified against the source.\n"
-    short = "random tokens" if seen.text is None else "tokens of English"
-    return f"""
-## Compared with the source
-
-On {seen.tokens} {short}, in float32, the largest difference to the outputs of the source is
-{seen.lossless_difference:.1e} in the lossless setting (`mask_first_token=True`, one global token) and
-{seen.chosen_difference:.1e} in the setting above.
-"""
