@@ -37,6 +37,8 @@ _MODULES = {**dict.fromkeys(__all__, "modeling_lsg_albert"), "LSGAlbertConfig": 
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES.values():
+        return importlib.import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -46,11 +46,7 @@ def convert(report: Path | None, push_to_hub: str | None, private: bool, **optio
 
 
 def check_writable(report_file: Path, target: Path) -> None:
-    """Refuse a place for the report before the work begins, not after.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Refuse a place for the report before the work begins, not after."""
     if report_file.resolve().parent != target.resolve():  # which is still to be made
         with report_file.open("a"):
             pass

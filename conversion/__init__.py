@@ -1,6 +1,6 @@
 """The converter: an LSG-ALBERT from an ALBERT, as a function and as the command `lsg-albert convert`.
 
-Nothing is imported before it is asked for, so that the command line answers at once.
+As in the package itself, nothing is imported before it is asked for: the command line answers at once.
 """
 
 import importlib
@@ -10,17 +10,10 @@ if TYPE_CHECKING:
     from .convert import convert_checkpoint
     from .files import ConversionError
     from .options import ConversionOptions
-    from .report import Report
     from .tensors import convert_state_dict
 
-__all__ = ["ConversionError", "ConversionOptions", "Report", "convert_checkpoint", "convert_state_dict"]
-_MODULES = {
-    "ConversionError": "files",
-    "ConversionOptions": "options",
-    "Report": "report",
-    "convert_checkpoint": "convert",
-    "convert_state_dict": "tensors",
-}
+__all__ = ["ConversionError", "ConversionOptions", "convert_checkpoint", "convert_state_dict"]
+_MODULES = dict(zip(__all__, ["files", "options", "convert", "tensors"], strict=True))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,10 +24,13 @@ ARCHITECTURES = tuple(
 )
 BARE = "LSGAlbertModel"  # the class without a head
 BASE_PARTS = ("embeddings", "encoder", "pooler")
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # counted up by the model itself
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # Second names of one parameter, which files may hold or not; the decoder's weight is one only where it is tied.
 DECODER = "predictions.decoder.weight"
 TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"}
+# Reasons to leave out what is not lost.
+BUFFER = "a buffer that the model makes itself"
+TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,6 @@ class Account:
     copied: dict[str, str]  # name in the target: name in the source
     dropped: dict[str, str]  # name in the source: reason
     missing: list[str]  # names in the target for which the source has nothing
-
-    @property
-    def lost(self) -> list[str]:
-        """What the source has and the target has not, without buffers, which the target makes itself."""
-        return [name for name in self.dropped if not name.endswith(BUFFERS)]
 
 
 def lsg_architecture(name: str, family: Family) -> str:
@@ -81,26 +80,10 @@ def parameter_shapes(architecture: str, config: LSGAlbertConfig) -> dict[str, Sh
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def target_names(source: Iterable[str], family: Family, prefix: str) -> dict[str, str]:
-    """The name in the target of each tensor of the source, which may be one that the target does not have.
-
-    Args:
-        source: names of the source's tensors, those of the base model with the family's prefix or without.
-        family: to which the source belongs.
-        prefix: of the base model in the target.
-
-    Raises:
-        ConversionError: two tensors have one name in the target.
-    """
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for source_name in source:
-        name = family.tensor_name(source_name.removeprefix(family.prefix))
-        name = prefix + name if part_of(name) in BASE_PARTS else name
-        if name in taken:
-            raise ConversionError(f"The source has two tensors for {name}: {taken[name]} and {source_name}.")
-        names[source_name], taken[name] = name, source_name
-    return names
+def target_name(name: str, family: Family, prefix: str) -> str:
+    """The name that a tensor of a source has in a target with that prefix, which may have no such tensor."""
+    name = family.tensor_name(name.removeprefix(family.prefix))
+    return prefix + name if part_of(name) in BASE_PARTS else name
 
 
 def part_of(name: str) -> str:
@@ -130,53 +113,45 @@ def account_for(
     required = {prefix + name: shape for name, shape in parameter_shapes(BARE, config).items()} | expected
     known = {name for other in ARCHITECTURES for name in parameter_shapes(other, config)} | required.keys()
     copied, dropped = {}, {}
-    for source_name, name in target_names(source, family, prefix).items():
-        shape, wanted = source[source_name], required.get(name)
+    for source_name, shape in source.items():
+        name = target_name(source_name, family, prefix)
+        wanted = required.get(name, shape if strict and name in known else None)
         if name.endswith(BUFFERS):
-            dropped[source_name] = "a buffer that the model makes itself"
-        elif wanted is not None and shape != wanted:
-            if strict or part_of(name) in BASE_PARTS:
-                raise ConversionError(
-                    f"The source's tensor {source_name} has the shape {shape}, but its config asks for {wanted}."
-                )
-            dropped[source_name] = f"the shape {shape} where {architecture} has {wanted}"
-        elif wanted is not None or (strict and name in known):
+            dropped[source_name] = BUFFER
+        elif name in copied:
+            raise ConversionError(f"The source has two tensors for {name}: {copied[name]} and {source_name}.")
+        elif shape == wanted:
             copied[name] = source_name
+        elif wanted is not None and (strict or part_of(name) in BASE_PARTS):
+            raise ConversionError(
+                f"The source's tensor {source_name} has the shape {shape}, but its config asks for {wanted}."
+            )
         elif strict:
             raise ConversionError(
                 f"The source has the tensor {source_name}, which no ALBERT has. Name the class to make with "
                 "`--architecture` to leave such tensors out."
             )
-        else:
+        elif wanted is None:
             dropped[source_name] = f"{architecture} has no such parameter"
+        else:
+            dropped[source_name] = f"the shape {shape} where {architecture} has {wanted}"
     twins = {twin: name for twin, name in TWINS.items() if twin != DECODER or config.tie_word_embeddings}
-    copied = by_first_names(copied, twins, expected)
-    missing = [
-        name for name in expected if name not in copied and name not in twins and not name.endswith(GLOBAL_TABLE)
-    ]
+    # Where the file holds a tensor under its second name alone, it goes under its first.
+    first = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
+    copied = {first.get(name, name): source_name for name, source_name in copied.items()}
+    made = {*twins, prefix + GLOBAL_TABLE}
+    missing = [name for name in expected if name not in copied and name not in made]
     check_missing(missing, copied, strict)
     return Account(copied, dropped, missing)
 
 
-def by_first_names(copied: dict[str, str], twins: Mapping[str, str], expected: Iterable[str]) -> dict[str, str]:
-    """Let tensors that the file holds under their second name alone go under their first."""
-    renamed = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
-    return {renamed.get(name, name): source_name for name, source_name in copied.items()}
-
-
 def check_missing(missing: Iterable[str], copied: Iterable[str], strict: bool) -> None:
-    """Refuse a source that lacks a part of its encoder, or of its head; a whole head may be drawn anew.
-
-    Raises:
-        ConversionError: it does.
-    """
+    """Refuse a source that lacks a part of its encoder, or of its head; a whole head may be drawn anew."""
     parts_there = {part_of(name) for name in copied}
-    missing_parts: dict[str, list[str]] = {}
-    for name in missing:
-        missing_parts.setdefault(part_of(name), []).append(name)
-    for part, names in missing_parts.items():
+    for part, group in itertools.groupby(sorted(missing, key=part_of), key=part_of):
         if part not in parts_there and (part == "pooler" or not (strict or part in BASE_PARTS)):
             continue  # a whole head, or the pooler, which a model for tokens does not have
-        others = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        first, *others = group
+        more = f" and {len(others)} more tensors" if others else ""
         hint = "" if part in BASE_PARTS else " Name another class to make with `--architecture`, if that is right."
-        raise ConversionError(f"The source lacks {names[0]}{others}.{hint}")
+        raise ConversionError(f"The source lacks {first}{more}.{hint}")

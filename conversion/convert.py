@@ -3,9 +3,10 @@
 import copy
 import inspect
 import logging
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration_lsg_albert import AUTO_MAP, LSG_FIELDS
-from .account import DECODER, TWINS, base_prefix, model_class
+from .account import model_class
 from .files import (
     ConversionError,
+    SourceWeights,
     copy_code,
+    copy_tokenizer,
     fetch_source,
     one_line,
     read_checked,
@@ -28,9 +31,9 @@ from .files import (
     write_weights,
 )
 from .options import ConversionOptions
-from .plan import Plan, make_plan, read_source, take_tokenizer
+from .plan import Plan, Tokens, choose_tokens, find_warnings, load_tokenizer, make_plan, read_source
 from .report import Report, model_card
-from .tensors import POSITION_TABLE, convert_state_dict
+from .tensors import convert_state_dict
 from .verify import Comparison, compare
 
 logger = logging.getLogger(__name__)
@@ -59,37 +62,32 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
     folder = fetch_source(str(source), chosen.revision, chosen.token)
     check_apart(folder, target)
     with whole_directory(target, chosen.overwrite) as partial:
-        opened = read_source(folder)
-        plan = make_plan(opened, take_tokenizer(opened, partial, chosen.max_length), chosen)
-        for warning in plan.warnings:
+        plan = make_plan(read_source(folder), chosen)
+        write_surroundings(plan, partial)
+        tokens = choose_tokens(plan, load_tokenizer(partial, plan.source))
+        for warning in find_warnings(plan, tokens):
             logger.warning(warning)
-        tensors, made = make_tensors(plan)
+        tensors, drawn = make_tensors(plan, tokens)
         check_space(target.parent, tensors)
-        write_model(plan, tensors, partial)
+        write_weights(partial, tensors, chosen.max_shard_size)
         del tensors  # the comparison needs the room
-        comparison = compare(plan, made.drawn, partial) if chosen.verify else None
-        report = make_report(plan, made, comparison, str(source), str(target))
+        comparison = compare(plan, tokens, drawn, partial) if chosen.verify else None
+        report = make_report(plan, tokens, comparison, partial, source=str(source), target=str(target))
         (partial / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     if chosen.push_to_hub is not None:
         report.pushed_to = push(target, chosen.push_to_hub, chosen.token, chosen.private)
     return report
 
 
-# For `help` and editors: the options as arguments.
 _PLACES = list(inspect.signature(convert_checkpoint).parameters.values())[:2]
-_OPTIONS = inspect.signature(ConversionOptions).parameters.values()
-convert_checkpoint.__signature__ = inspect.Signature(
-    [*_PLACES, *(option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in _OPTIONS)],
-    return_annotation=Report,
-)
+_OPTIONS = [
+    option.replace(kind=option.KEYWORD_ONLY) for option in inspect.signature(ConversionOptions).parameters.values()
+]
+convert_checkpoint.__signature__ = inspect.Signature(_PLACES + _OPTIONS, return_annotation=Report)  # for `help`
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse a target that is the source, or inside of it, or around it.
-
-    Raises:
-        ConversionError: it is.
-    """
+    """Refuse a target that is the source, or inside of it, or around it."""
     source = source.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise ConversionError(
@@ -97,93 +95,12 @@ def check_apart(source: Path, target: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Made:
-    """What is known of a target's tensors once they are made."""
-
-    drawn: Mapping[str, Tensor]  # those that the source lacks
-    dropped: Mapping[str, str]  # tensor of the source: reason
-    source_max_length: int  # positions
-    parameters_before: int
-    parameters_after: int
-
-
-def make_tensors(plan: Plan) -> tuple[dict[str, Tensor], Made]:
-    """The tensors of the target.
-
-    Raises:
-        ConversionError: a tensor of the source is damaged.
-    """
-    account, options = plan.account, plan.options
-    tensors, dropped = {}, dict(account.dropped)
-    for name, source_name in tqdm(account.copied.items(), "reading", unit="tensor", disable=None):
-        tensors[name] = read_checked(plan.source.weights, source_name)
-    # Of the bias the second name stays: before release 5, transformers' own ALBERT reads the bias from there alone.
-    if plan.config.tie_word_embeddings and DECODER in tensors:
-        if torch.equal(tensors[DECODER], tensors[TWINS[DECODER]]):
-            del tensors[DECODER]
-            dropped[account.copied[DECODER]] = f"the same as {TWINS[DECODER]}, to which it is tied"
-    drawn = draw_missing(plan)
-    result = convert_state_dict(
-        tensors | {name: tensor.to(plan.source_dtype) for name, tensor in drawn.items()},
-        max_length=plan.config.max_position_embeddings,
-        bos_token_id=plan.bos_token_id,
-        mask_token_id=plan.mask_token_id,
-        stride=options.global_positional_stride,
-        use_token_type=options.use_token_type,
-        random_globals=options.random_global_init,
-        keep_globals=plan.keep_globals,
-        keep_first_global=plan.keep_first_global,
-        seed=options.seed,
-    )
-    made = Made(
-        drawn=drawn,
-        dropped=dropped,
-        source_max_length=len(tensors[base_prefix(plan.architecture) + POSITION_TABLE]),
-        parameters_before=count_parameters(tensors),
-        parameters_after=count_parameters(result),
-    )
-    del tensors
-    for name in result:
-        result[name] = result[name].to(plan.dtype)
-    return result, made
-
-
-def draw_missing(plan: Plan) -> dict[str, Tensor]:
-    """Fresh weights for the parameters that the source lacks, as for a new model."""
-    if not plan.account.missing:
-        return {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.options.seed)
-        model = model_class(plan.architecture)(copy.deepcopy(plan.sizes))
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in plan.account.missing}
-
-
-def count_parameters(tensors: Mapping[str, Tensor]) -> int:
-    """The number of values in all tensors; the decoder's bias counts once."""
-    return sum(tensor.numel() for name, tensor in tensors.items() if name != "predictions.decoder.bias")
-
-
-def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a place that cannot hold the tensors.
-
-    Raises:
-        OSError: it has less room.
-    """
-    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(f"{folder} is too full: the weights take {size:,} bytes, and {free:,} are free.")
-
-
-def write_model(plan: Plan, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write configuration, code and weights.
-
-    Raises:
-        OSError: the place is full or not writable.
-    """
+def write_surroundings(plan: Plan, folder: Path) -> None:
+    """Write what the target has beside its weights: configuration, code and tokenizer."""
     write_json(folder / "config.json", target_config(plan))
     copy_code(folder)
-    write_weights(folder, tensors, plan.options.max_shard_size)
+    vocabularies = plan.source.family.vocabularies
+    copy_tokenizer(plan.source.folder, folder, vocabularies, plan.config.max_position_embeddings)
 
 
 def target_config(plan: Plan) -> dict[str, Any]:
@@ -203,33 +120,82 @@ def target_config(plan: Plan) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def make_report(plan: Plan, made: Made, comparison: Comparison | None, source: str, target: str) -> Report:
-    """What was done. `source` and `target` are the places as the user knows them."""
-    folder = plan.source.folder
+def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the target, and those of them that are drawn because the source lacks them.
+
+    Raises:
+        ConversionError: a tensor of the source is damaged.
+    """
+    options, copied = plan.options, {}
+    for name, source_name in tqdm(plan.account.copied.items(), "reading", unit="tensor", disable=None):
+        copied[name] = read_checked(plan.source.weights, source_name)
+    drawn = draw_missing(plan)
+    tensors = convert_state_dict(
+        copied | {name: tensor.to(plan.source_dtype) for name, tensor in drawn.items()},
+        max_length=plan.config.max_position_embeddings,
+        bos_token_id=tokens.bos,
+        mask_token_id=tokens.mask,
+        stride=options.global_positional_stride,
+        use_token_type=options.use_token_type,
+        random_globals=options.random_global_init,
+        keep_globals=plan.keeps_globals,
+        keep_first_global=plan.keeps_first_global,
+        seed=options.seed,
+    )
+    del copied
+    for name in tensors:
+        tensors[name] = tensors[name].to(plan.dtype)
+    return tensors, drawn
+
+
+def draw_missing(plan: Plan) -> dict[str, Tensor]:
+    """Fresh weights for the parameters that the source lacks, as for a new model."""
+    if not plan.account.missing:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.options.seed)
+        model = model_class(plan.architecture)(copy.deepcopy(plan.sizes))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in plan.account.missing}
+
+
+def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a place that cannot hold the tensors."""
+    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"{folder} is too full: the weights take {size:,} bytes, and {free:,} are free.")
+
+
+def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folder: Path, **places: str) -> Report:
+    """What was done to write `folder`; `places` are source and target as the user knows them."""
+    source, copied = plan.source, plan.account.copied
     return Report(
-        source=source,
-        source_commit=folder.name if folder.parent.name == "snapshots" else None,
-        source_architecture=plan.source.architecture,
+        source_commit=source.folder.name if source.folder.parent.name == "snapshots" else None,
+        source_architecture=source.architecture,
         source_is_lsg=plan.is_lsg,
-        target=target,
         architecture=plan.architecture,
         dtype=name_of(plan.dtype),
-        source_max_length=made.source_max_length,
+        source_max_length=plan.sizes.max_position_embeddings,
         max_length=plan.config.max_position_embeddings,
-        parameters_before=made.parameters_before,
-        parameters_after=made.parameters_after,
+        parameters_before=count_parameters({name: source.weights.shapes[copied[name]] for name in copied}),
+        parameters_after=count_parameters(SourceWeights(folder).shapes),
         lsg_parameters={name: getattr(plan.config, name) for name in LSG_FIELDS},
-        global_tokens=describe_globals(plan),
-        bos_token_id=plan.bos_token_id,
-        mask_token_id=plan.mask_token_id,
+        global_tokens=describe_globals(plan, tokens),
+        bos_token_id=tokens.bos,
+        mask_token_id=tokens.mask,
         seed=plan.options.seed,
-        has_tokenizer=plan.tokenizer is not None,
-        dropped=dict(made.dropped),
-        drawn=list(made.drawn),
-        warnings=plan.warnings,
+        has_tokenizer=tokens.tokenizer is not None,
+        dropped=plan.account.dropped,
+        drawn=plan.account.missing,
+        warnings=find_warnings(plan, tokens),
         comparison=comparison,
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        **places,
     )
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The number of values in all tensors; the decoder's bias counts once."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name != "predictions.decoder.bias")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -237,15 +203,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe_globals(plan: Plan) -> str:
+def describe_globals(plan: Plan, tokens: Tokens) -> str:
     """How the table of global tokens was made, in words."""
-    if plan.keep_globals:
+    if plan.keeps_globals:
         return "the source's"
     options = plan.options
-    words = "random words" if options.random_global_init else f"token {plan.mask_token_id} ([MASK])"
+    words = "random words" if options.random_global_init else f"token {tokens.mask} ([MASK])"
     types = "token type 0" if options.use_token_type else "no token type"
-    first = f"the first from token {plan.bos_token_id} ([CLS])"
-    if plan.keep_first_global:
+    first = f"the first from token {tokens.bos} ([CLS])"
+    if plan.keeps_first_global:
         first = "the first is the source's"
     return f"{first}, the others from {words}, with positions {options.global_positional_stride} apart and {types}"
 
@@ -261,7 +227,6 @@ def push(folder: Path, repository: str, token: str | None, private: bool) -> str
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Add an LSG-ALBERT")
     except Exception as error:  # of the network: each release of huggingface_hub has its own
-        raise ConversionError(
-            f"{folder} is whole, but could not be pushed to {repository}: {one_line(error)}"
-        ) from error
+        reason = one_line(error)
+        raise ConversionError(f"{folder} is whole, but could not be pushed to {repository}: {reason}") from error
     return str(address)

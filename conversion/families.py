@@ -7,27 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Family:
-    """The checkpoints of one `model_type`.
-
-    Args:
-        model_type: as in config.json.
-        class_name: what the names of its classes begin with, such as "Albert" in `AlbertForMaskedLM`.
-        prefix: what stands before the tensors of the base model in a model with a head.
-        cls_id, mask_id: ids of these tokens in its vocabularies, for sources without a tokenizer.
-        vocabularies: files that hold a vocabulary, and the class that reads each if no other file names one.
-        tensors: regular expressions with their replacements, applied in order, that turn a tensor's name (without
-            `prefix`) into ALBERT's.
-        fields: names of fields in its config.json that ALBERT has under another name, which is the value.
-    """
+    """The checkpoints of one `model_type`."""
 
     model_type: str
-    class_name: str
-    prefix: str
-    cls_id: int
+    class_name: str  # what the names of its classes begin with, such as "Albert" in `AlbertForMaskedLM`
+    prefix: str  # what stands before the tensors of the base model in a model with a head
+    cls_id: int  # in its vocabularies, for sources without a tokenizer
     mask_id: int
-    vocabularies: Mapping[str, str]
+    vocabularies: Mapping[str, str]  # files that hold one: the class that reads it if no other file names a class
+    # Regular expressions and replacements, applied in order, that make ALBERT's name of a tensor's (without prefix).
     tensors: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)  # of config.json: ALBERT's name, where that is another
 
     def tensor_name(self, name: str) -> str:
         """ALBERT's name, without prefix, of a tensor of this family, without prefix."""

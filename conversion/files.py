@@ -23,12 +23,8 @@ from tqdm.auto import tqdm
 from .families import FAMILIES
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
-TOKENIZER_FILES = tuple(
-    dict.fromkeys(
-        [name for family in FAMILIES.values() for name in family.vocabularies]
-        + [TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json"]
-    )
-)
+TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family.vocabularies}
+TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
@@ -51,20 +47,15 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
     wanted = ["config.json", "README.md", *TOKENIZER_FILES]
+    options = {"revision": revision, "token": token, "ignore_patterns": "*/*"}  # which are subfolders
     try:
-        folder = fetch(source, revision, token, [*wanted, "model*.safetensors", SAFETENSORS_INDEX])
-        if not any(folder.glob("model*.safetensors")):
-            folder = fetch(source, revision, token, [*wanted, "pytorch_model*.bin", PICKLE_INDEX])
+        for weights in (["model*.safetensors", SAFETENSORS_INDEX], ["pytorch_model*.bin", PICKLE_INDEX]):
+            folder = Path(snapshot_download(source, allow_patterns=wanted + weights, **options))
+            if any(folder.glob(weights[0])):
+                break
     except Exception as error:  # of the network: each release of huggingface_hub has its own
         raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
     return folder
-
-
-def fetch(source: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
-    """The files of a repository on the Hub that match, without its subfolders."""
-    return Path(
-        snapshot_download(source, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
-    )
 
 
 def one_line(error: BaseException) -> str:
@@ -92,7 +83,7 @@ def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class SourceWeights(Mapping[str, Tensor]):
+class SourceWeights:
     """The tensors of a checkpoint by name. Each is mapped from its file when asked for, and let go with its last
     reference; only pickles of PyTorch before 1.6 are read at once.
 
@@ -106,7 +97,7 @@ class SourceWeights(Mapping[str, Tensor]):
         self._pickled: dict[str, Tensor] = {}
         for path, names in find_weights(folder).items():
             found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
-            missing = sorted(set(names or ()) - set(found))
+            missing = sorted(set(names) - set(found))
             if missing:
                 raise ConversionError(f"{path} is damaged: it lacks {missing[0]}, which its index promises.")
             self.shapes.update(found)
@@ -136,51 +127,40 @@ class SourceWeights(Mapping[str, Tensor]):
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
 
 def read_checked(weights: SourceWeights, name: str) -> Tensor:
-    """A tensor of the source.
-
-    Raises:
-        ConversionError: it holds no floating-point numbers, or some that are not finite.
-    """
+    """A tensor of the source, refused if it holds no floating-point numbers, or some that are not finite."""
     tensor = weights[name]
     if not tensor.is_floating_point():
         raise ConversionError(f"{weights.files[name]} is damaged: {name} is of the type {tensor.dtype}.")
     if not torch.stack(tensor.aminmax()).isfinite().all():  # which makes no copy of the tensor, as others do
         count = int((~tensor.isfinite()).sum())
-        raise ConversionError(
-            f"{weights.files[name]} is damaged: {name} has {count} of {tensor.numel()} values that are NaN or "
-            "infinite."
-        )
+        values = f"{count} of {tensor.numel()} values that are NaN or infinite"
+        raise ConversionError(f"{weights.files[name]} is damaged: {name} has {values}.")
     return tensor
 
 
-def find_weights(folder: Path) -> dict[Path, list[str] | None]:
-    """The files with a checkpoint's weights, and the names that an index says they hold, in transformers' order of
-    preference.
+def find_weights(folder: Path) -> dict[Path, list[str]]:
+    """The files with a checkpoint's weights, the first kind that transformers looks for, and the names that an index
+    says they hold.
 
     Raises:
         ConversionError: there are none, or one that the index names is missing.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
-            return {folder / single: None}
+            return {folder / single: []}
         if (folder / index).is_file():
             shards: dict[Path, list[str]] = {}
-            for name, file_name in read_json(folder / index).get("weight_map", {}).items():
-                shards.setdefault(folder / file_name, []).append(name)
-            if not shards:
+            weight_map = read_json(folder / index).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict):
                 raise ConversionError(f"{folder / index} is damaged: it has no `weight_map`.")
+            for name, file_name in weight_map.items():
+                shards.setdefault(folder / str(file_name), []).append(name)
             for path in shards:
                 if not path.is_file():
                     raise ConversionError(f"{path} is missing, which {index} names.")
-            return dict(shards)
+            return shards
     others = [name for name in ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index") if (folder / name).exists()]
     hint = f" {others[0]} is of another framework: load and save it with PyTorch first." if others else ""
     raise ConversionError(f"{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, whole or in shards.{hint}")
@@ -197,20 +177,15 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: str 
     )
     for file_name, names in tqdm(shards.filename_to_tensors.items(), "writing", unit="file", disable=None):
         path = folder / file_name
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files that only their owner may read
         try:
             save_file({name: tensors[name].contiguous() for name in names}, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {one_line(error)}") from error
-        path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner may read
+        path.chmod(mode)
     if shards.is_sharded:
         write_json(folder / SAFETENSORS_INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-
-
-def umask() -> int:
-    """The permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def copy_code(folder: Path) -> list[str]:
@@ -297,11 +272,7 @@ def clear(workshop: Path, target: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, and with `overwrite` one that is something else than a model.
-
-    Raises:
-        ConversionError: it does.
-    """
+    """Refuse a target that exists, and with `overwrite` one that is something else than a model."""
     if not target.exists():
         return
     if not overwrite:

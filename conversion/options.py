@@ -34,7 +34,7 @@ def _option(default: Any, text: str, group: str = CONVERSION, flag: str | None =
     return field(default=default, metadata={"group": group, "flag": flag, "argument": {**argument, "help": text}})
 
 
-def _parameter(default: Any, text: str, kind: Callable[[str], Any]) -> Any:
+def _parameter(default: Any, kind: Callable[[str], Any], text: str) -> Any:
     """A field of `LSGAlbertConfig`, whose default is named but left to that class, as the check of the value is."""
     argument = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
     argument |= {"help": f"{text} ({default})", "default": argparse.SUPPRESS}
@@ -61,66 +61,33 @@ class ConversionOptions:
     max_length: int = _option(4096, "longest text, in tokens", type=int, metavar="N")
     architecture: str | None = _option(None, "AlbertForX or LSGAlbertForX; by default the source's", metavar="CLASS")
     random_global_init: bool = _option(False, "global tokens from random words, not [MASK]")
-    global_positional_stride: int = _option(
-        64, "positions between one global token and the next", type=int, metavar="N"
-    )
+    global_positional_stride: int = _option(64, "positions from one global token to the next", type=int, metavar="N")
     keep_first_global_token: bool = _option(False, "keep an LSG source's first global token, remake the others")
     resize_lsg: bool = _option(False, "keep an LSG source's global tokens, change its positions")
     use_token_type: bool = _option(True, "leave token type 0 out of global tokens", flag="--no-token-type")
-    seed: int = _option(
-        0, "of all that is drawn: random words, positions below 512, a new head", type=int, metavar="N"
-    )
+    seed: int = _option(0, "of all that is drawn", type=int, metavar="N")
     dtype: str | None = _option(None, "of the result's weights; by default the source's", choices=DTYPES)
     bos_token_id: int | None = _option(None, "token of the first global token", type=int, metavar="ID")
     mask_token_id: int | None = _option(None, "token of the other global tokens", type=int, metavar="ID")
 
-    block_size: int = _parameter(
-        128, "Tokens per block. A token sees its own block and one neighbour on each side", int
-    )
+    block_size: int = _parameter(128, int, "tokens per block; a token sees its own and one on each side")
     sparse_block_size: int | None = _parameter(
-        128,
-        "Sparse tokens seen on each side of the local window; 0 or None switches the sparse part off",
-        _or_none(int),
+        128, _or_none(int), "sparse tokens seen on each side of the local window; 0 or none for no sparse part"
     )
     sparsity_factor: int = _parameter(
-        2,
-        "How many tokens one sparse token stands for; divides block_size. 0 or less switches the sparse part off",
-        int,
+        2, int, "how many tokens one sparse token stands for; divides the block size; 0 for no sparse part"
     )
     sparsity_type: str | None = _parameter(
-        "norm",
-        'Selection of the sparse tokens: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or '
-        '"none"/None for no sparse part',
-        _or_none(str),
+        "norm", _or_none(str), "norm, pooling, lsh, stride, block_stride, bos_pooling, or none for no sparse part"
     )
-    num_global_tokens: int = _parameter(
-        1, "Global tokens before the text, 1 to 512. They see and are seen by every token", int
-    )
-    mask_first_token: bool = _parameter(
-        False,
-        "Hides the first text token ([CLS]) as a key, whose part a global token made from [CLS] then plays",
-        bool,
-    )
-    pool_with_global: bool = _parameter(
-        True, "Replaces the first output by that of the first global token. Needed by mask_first_token", bool
-    )
-    adaptive: bool = _parameter(
-        True,
-        "Pads inputs to a multiple of block_size by itself, and removes that padding from the outputs",
-        bool,
-    )
-    pack_padding: bool = _parameter(
-        True, "Leaves out whole blocks of padding behind the texts of a batch; the outputs there are then zeros", bool
-    )
-    lsh_num_pre_rounds: int = _parameter(1, 'Hashing rounds of "lsh" before the last one', int)
-    lsh_seed: int | None = _parameter(
-        0,
-        'Seed of the random projections of "lsh"; None draws them anew from torch\'s global generator',
-        _or_none(int),
-    )
-    pass_global_tokens_to_decoder: bool = _parameter(
-        True, "Whether a decoder also attends to the global tokens' last states, before the text's", bool
-    )
+    num_global_tokens: int = _parameter(1, int, "tokens that see and are seen by all, 1 to 512")
+    mask_first_token: bool = _parameter(False, bool, "hide [CLS] as a key; a global token made from it takes its part")
+    pool_with_global: bool = _parameter(True, bool, "the first output is that of the first global token")
+    adaptive: bool = _parameter(True, bool, "pad inputs to whole blocks, and take that padding out of the outputs")
+    pack_padding: bool = _parameter(True, bool, "leave out whole blocks of padding behind the texts of a batch")
+    lsh_num_pre_rounds: int = _parameter(1, int, "hashing rounds of lsh before the last one")
+    lsh_seed: int | None = _parameter(0, _or_none(int), "of lsh's random projections; none draws them anew each time")
+    pass_global_tokens_to_decoder: bool = _parameter(True, bool, "a decoder attends to the global tokens' states too")
 
     revision: str | None = _option(None, "branch, tag or commit of a source on the Hub", PLACES, metavar="NAME")
     token: str | None = _option(None, "for the Hub; by default the one that you are logged in with", PLACES)
@@ -137,22 +104,14 @@ class ConversionOptions:
     @property
     def pattern(self) -> dict[str, Any]:
         """The parameters of `LSGAlbertConfig` that are given."""
-        given = {
-            option.name: getattr(self, option.name) for option in fields(self) if option.metadata["group"] == PATTERN
-        }
-        return {name: value for name, value in given.items() if value is not UNSET}
+        names = [option.name for option in fields(self) if option.metadata["group"] == PATTERN]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not UNSET}
 
 
-def _describe() -> str:
-    """Each option in a line, for `help`."""
-    lines = []
-    for option in fields(ConversionOptions):
-        condition = "if False, " if option.default is True else ""
-        lines.append(f"        {option.name}: {condition}{option.metadata['argument']['help']}.")
-    return "\n".join(["    Args:", *lines])
-
-
-ConversionOptions.__doc__ = f"{ConversionOptions.__doc__}\n{_describe()}\n"
+ConversionOptions.__doc__ = f"{ConversionOptions.__doc__}\n    Args:" + "".join(
+    f"\n        {option.name}: {'if False, ' * (option.default is True)}{option.metadata['argument']['help']}."
+    for option in fields(ConversionOptions)
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:

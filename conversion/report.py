@@ -96,38 +96,25 @@ class Report:
 
 def model_card(report: Report, source_folder: Path) -> str:
     """The README.md of the target: what is known from the source, and what was done to it."""
-    auto_class = report.architecture.replace("LSGAlbert", "Auto").replace("AutoFor", "AutoModelFor")
-    card = ModelCard.from_template(
-        ModelCardData(**card_head(report, source_folder)),
-        template_path=str(TEMPLATE),
-        name=report.source
-        if is_on_hub(report)
-        else Path(report.source).resolve().name,  # the path is nobody's business
-        auto_class=auto_class,
-        **dataclasses.asdict(report),
+    path = Path(report.source)  # which is nobody's business
+    data = ModelCardData(
+        **known_metadata(source_folder / "README.md"),
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS.get(report.architecture),
+        tags=["albert", "lsg", "long-context", "custom_code"],
+        base_model=None if path.is_dir() else report.source,
     )
-    return str(card)
+    facts = {
+        "name": path.resolve().name if path.is_dir() else report.source,
+        "auto_class": report.architecture.replace("LSGAlbert", "Auto").replace("AutoFor", "AutoModelFor"),
+    }
+    return str(ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **dataclasses.asdict(report)))
 
 
-def is_on_hub(report: Report) -> bool:
-    """Whether the source is a repository, not a directory."""
-    return not Path(report.source).is_dir()
-
-
-def card_head(report: Report, source_folder: Path) -> dict[str, Any]:
-    """The metadata of the card: of the source's own only what stays true."""
-    head: dict[str, Any] = {}
-    if (source_folder / "README.md").is_file():
-        text = (source_folder / "README.md").read_text(encoding="utf-8", errors="replace")
-        try:
-            known = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-        except ValueError:  # its metadata cannot be read
-            known = {}
-        head = {name: known[name] for name in STAYS_TRUE if known.get(name)}
-    head["library_name"] = "transformers"
-    if report.architecture in PIPELINE_TAGS:
-        head["pipeline_tag"] = PIPELINE_TAGS[report.architecture]
-    head["tags"] = ["albert", "lsg", "long-context", "custom_code"]
-    if is_on_hub(report):
-        head["base_model"] = report.source
-    return head
+def known_metadata(card: Path) -> dict[str, Any]:
+    """Of the metadata of a source's card what stays true."""
+    try:
+        known = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # there is none, or it cannot be read as text, as YAML, or as metadata
+        return {}
+    return {name: known[name] for name in STAYS_TRUE if known.get(name)}

@@ -103,11 +103,9 @@ def make_global_table(
     """Embeddings of the global tokens.
 
     Args:
-        words: word table (V, E).
-        positions: position table (N, E) of the source.
+        words, positions: tables (V, E) and (N, E) of the source.
         token_type: embedding (E,) of the token type that is added, None for none.
-        bos_token_id: row of `words` in global token 0.
-        mask_token_id: row of `words` in the others.
+        bos_token_id, mask_token_id: rows of `words` in global token 0 and in the others.
         stride: distance in positions between one global token and the next.
         random_globals: draw words for all but token 0 from the normal distribution with the mean and covariance of
             `words`, instead of taking the mask token.

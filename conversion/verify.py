@@ -16,7 +16,7 @@ from transformers import AlbertConfig, PretrainedConfig, PreTrainedModel
 from ..configuration_lsg_albert import LSGAlbertConfig
 from .account import TWINS, base_prefix, model_class
 from .files import ConversionError, SourceWeights, one_line
-from .plan import Plan
+from .plan import Plan, Tokens
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, TOKEN_TYPE_TABLE, WORD_TABLE
 
 Reader = Callable[[str], Tensor]  # gives a tensor by its name in the target
@@ -44,31 +44,33 @@ class Comparison:
     peak_memory_mb: float | None  # of the whole process, up to the end of the forward of full length
 
 
-def compare(plan: Plan, drawn: Mapping[str, Tensor], folder: Path) -> Comparison:
+def compare(plan: Plan, tokens: Tokens, drawn: Mapping[str, Tensor], folder: Path) -> Comparison:
     """Run source and target on a short text, the target in two settings, and on one of full length.
 
     All models compute in float32; one is in memory at a time.
 
     Args:
-        plan: of the conversion.
+        plan, tokens: of the conversion.
         drawn: the tensors of the target that the source lacks.
         folder: the target.
 
     Raises:
         ConversionError: the target is not lossless where it must be, or gives numbers that are not finite.
     """
-    source = source_reader(plan, drawn)
-    text, input_ids = short_input(plan)
+    source, target = source_reader(plan, drawn), SourceWeights(folder)
+    config = LSGAlbertConfig.from_pretrained(folder)
+    text, input_ids = short_input(plan, tokens)
     with tqdm(total=5, desc="comparing", unit="run", disable=None) as progress:
         rounded = run(build_albert(plan, lambda name: source(name).to(plan.dtype)), input_ids)
         progress.update()
-        if plan.is_lsg or plan.dtype != plan.source_dtype:
-            as_it_was = run(build_source(plan, source), input_ids)
-        else:
-            as_it_was = rounded
+        as_it_was = rounded
+        if plan.is_lsg:
+            as_it_was = run(build(plan.architecture, plan.sizes, source), input_ids)
+        elif plan.dtype != plan.source_dtype:
+            as_it_was = run(build_albert(plan, source), input_ids)
         progress.update()
-        chosen = build_target(plan, folder)
-        difference, global_token = lossless_difference(plan, source, chosen, input_ids, rounded)
+        chosen = build(plan.architecture, config, lambda name: target[first_name(name, target.shapes)])
+        difference, global_token = lossless_difference(plan, tokens, source, chosen, input_ids, rounded)
         progress.update()
         outputs = run(chosen, input_ids)
         progress.update()
@@ -80,8 +82,8 @@ def compare(plan: Plan, drawn: Mapping[str, Tensor], folder: Path) -> Comparison
         lossless_difference=difference,
         lossless_global_token=global_token,
         chosen_difference=largest_difference(outputs, as_it_was),
-        source_top5=top5(plan, as_it_was, input_ids),
-        target_top5=top5(plan, outputs, input_ids),
+        source_top5=top5(plan, tokens, as_it_was, input_ids),
+        target_top5=top5(plan, tokens, outputs, input_ids),
         full_length=plan.config.max_position_embeddings,
         full_length_seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
@@ -116,51 +118,38 @@ def build(architecture: str, config: PretrainedConfig, read: Reader) -> PreTrain
 
 def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
     """The source as transformers' own ALBERT; of an LSG-ALBERT only what ALBERT has."""
-    config = AlbertConfig.from_dict({name: value for name, value in plan.source.config.items() if name != "auto_map"})
+    # Fractions other than this one are of no account in evaluation; transformers 5 refuses None and integers there.
+    fractions = {name for name, value in AlbertConfig().to_dict().items() if isinstance(value, float)}
+    fields = {name: value for name, value in plan.source.fields.items() if name not in fractions}
+    config = AlbertConfig.from_dict({**fields, "layer_norm_eps": float(plan.sizes.layer_norm_eps)})
     config._attn_implementation = "eager"
     return build(plan.architecture.removeprefix("LSG"), config, read)
 
 
-def build_source(plan: Plan, read: Reader) -> PreTrainedModel:
-    """The source as it is, with its own attention."""
-    return build(plan.architecture, plan.sizes, read) if plan.is_lsg else build_albert(plan, read)
-
-
-def build_target(plan: Plan, folder: Path) -> PreTrainedModel:
-    """The target from its files."""
-    weights = SourceWeights(folder)
-    config = LSGAlbertConfig.from_pretrained(folder)
-    return build(plan.architecture, config, lambda name: weights[first_name(name, weights)])
-
-
-def short_input(plan: Plan) -> tuple[str | None, Tensor]:
+def short_input(plan: Plan, tokens: Tokens) -> tuple[str | None, Tensor]:
     """A text with a masked word, if there is a tokenizer, and its ids (1, length), the first of them [CLS].
 
     Raises:
         ConversionError: the tokenizer gives ids that the model does not have.
     """
     vocab_size = plan.config.vocab_size
-    if plan.tokenizer is not None:
-        text = SHORT_TEXT.format(mask=plan.tokenizer.mask_token or "sea")
-        ids = plan.tokenizer(text)["input_ids"]
+    if tokens.tokenizer is not None:
+        text = SHORT_TEXT.format(mask=tokens.tokenizer.mask_token or "sea")
+        ids = tokens.tokenizer(text)["input_ids"]
         if max(ids) >= vocab_size:
             raise ConversionError(
                 f"The tokenizer is not the model's: it gives the id {max(ids)}, where `vocab_size` is {vocab_size}."
             )
     else:
         text, ids = None, torch.randint(vocab_size, (30,), generator=torch.Generator().manual_seed(0)).tolist()
-        if plan.mask_token_id is not None:
-            ids[10] = plan.mask_token_id
+        if tokens.mask is not None:
+            ids[10] = tokens.mask
     length = min(len(ids), plan.sizes.max_position_embeddings, plan.config.max_position_embeddings)
-    return text, torch.tensor([[plan.bos_token_id, *ids[1:length]]])
+    return text, torch.tensor([[tokens.bos, *ids[1:length]]])
 
 
 def run(model: PreTrainedModel, input_ids: Tensor) -> Outputs:
-    """The outputs for ids (1, length).
-
-    Raises:
-        ConversionError: the model cannot be run.
-    """
+    """The outputs for ids (1, length); `ConversionError` if the model cannot be run."""
     if type(model).__name__.endswith("MultipleChoice"):
         input_ids = input_ids[None]
     inputs = {  # all of them, as the buffers that would stand in may be without content
@@ -186,15 +175,14 @@ def largest_difference(outputs: Outputs, reference: Outputs) -> float:
 
 
 def lossless_difference(
-    plan: Plan, source: Reader, chosen: PreTrainedModel, input_ids: Tensor, reference: Outputs
+    plan: Plan, tokens: Tokens, source: Reader, chosen: PreTrainedModel, input_ids: Tensor, reference: Outputs
 ) -> tuple[float, str]:
     """The largest difference to the source in the setting in which only float32's rounding may make one.
 
     Args:
-        plan, source: of the conversion.
+        plan, tokens, source: of the conversion.
         chosen: the target.
-        input_ids: (1, length).
-        reference: the source's outputs for them.
+        input_ids, reference: (1, length), and the source's outputs for them.
 
     Returns:
         The difference, and whether the first global token was the "stored" or a "computed" one.
@@ -203,7 +191,7 @@ def lossless_difference(
         ConversionError: it is above `LOSSLESS`, or the first global token is not [CLS] where it was made so.
     """
     prefix, weights = base_prefix(plan.architecture), chosen.state_dict()
-    first_rows = {WORD_TABLE: plan.bos_token_id, POSITION_TABLE: 0, TOKEN_TYPE_TABLE: 0}
+    first_rows = {WORD_TABLE: tokens.bos, POSITION_TABLE: 0, TOKEN_TYPE_TABLE: 0}
     cls_parts = [source(prefix + table)[row].float() for table, row in first_rows.items()]
     table = weights[prefix + GLOBAL_TABLE]
     is_cls = plan.options.use_token_type and not plan.is_lsg
@@ -237,11 +225,7 @@ def lossless_config(config: LSGAlbertConfig, length: int) -> LSGAlbertConfig:
 
 
 def time_full_length(model: PreTrainedModel, input_ids: Tensor) -> float:
-    """Seconds that the encoder takes for a text of full length, `input_ids` (1, length) repeated.
-
-    Raises:
-        ConversionError: its states are not finite.
-    """
+    """Seconds that the encoder takes for `input_ids` (1, length) repeated to full length; states must be finite."""
     length = model.config.max_position_embeddings
     ids = input_ids.repeat(1, length // input_ids.shape[1] + 1)[:, :length]
     start = time.perf_counter()
@@ -252,18 +236,16 @@ def time_full_length(model: PreTrainedModel, input_ids: Tensor) -> float:
     return seconds
 
 
-def top5(plan: Plan, outputs: Outputs, input_ids: Tensor) -> list[tuple[str, float]] | None:
+def top5(plan: Plan, tokens: Tokens, outputs: Outputs, input_ids: Tensor) -> list[tuple[str, float]] | None:
     """The five likeliest tokens in the mask's place with their probabilities; None without mask or such a head."""
-    places = (input_ids[0] == (-1 if plan.mask_token_id is None else plan.mask_token_id)).nonzero().flatten()
+    places = (input_ids[0] == (-1 if tokens.mask is None else tokens.mask)).nonzero().flatten()
     has_head = plan.architecture in ("LSGAlbertForMaskedLM", "LSGAlbertForPreTraining")
     if not has_head or len(places) == 0:
         return None
     logits = outputs["prediction_logits"] if "prediction_logits" in outputs else outputs["logits"]
     values, ids = logits[0, places[0]].softmax(-1).topk(min(5, logits.shape[-1]))
-    tokens = [str(i) for i in ids.tolist()]
-    if plan.tokenizer is not None:
-        tokens = [str(token) for token in plan.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    return list(zip(tokens, [round(value, 4) for value in values.tolist()], strict=True))
+    names = ids.tolist() if tokens.tokenizer is None else tokens.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return list(zip(map(str, names), [round(value, 4) for value in values.tolist()], strict=True))
 
 
 def peak_memory_mb() -> float | None:

@@ -73,6 +73,26 @@ def test_every_lsg_parameter_has_an_option_with_a_description(capsys):
         assert re.search(rf"--{name.replace('_', '-')} .*\w.*\({parameters[name].default}\)", text), name
 
 
+# What the command has imported when it has answered.
+_ANSWERED = """
+import sys
+from lsg_albert.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("code", end.code, *sorted({"torch", "transformers", "huggingface_hub", "numpy"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("--version", 0), ("--help", 0), ("convert --help", 0), ("convert a b --blocksize 3", 2), ("convert a", 2)],
+)
+def test_help_and_wrong_arguments_are_answered_before_anything_slow_is_imported(installed, tmp_path, line, code):
+    done = run("-c", _ANSWERED, *line.split(), cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.stdout.splitlines()[-1] == f"code {code}", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
