@@ -131,10 +131,10 @@ def without_tied_decoder(account: Account, weights: SourceWeights) -> Account:
 
     The bias's second name stays: before release 5, transformers' own ALBERT reads the bias from there alone.
     """
-    copied = dict(account.copied)
-    decoder, words = copied.pop(DECODER, None), copied[TWINS[DECODER]] if DECODER in copied else None
-    if decoder is None or not torch.equal(weights[decoder], weights[words]):
+    decoder = account.copied.get(DECODER)
+    if decoder is None or not torch.equal(weights[decoder], weights[account.copied[TWINS[DECODER]]]):
         return account
+    copied = {name: source_name for name, source_name in account.copied.items() if name != DECODER}
     return Account(copied, account.dropped | {decoder: TIED}, account.missing)
 
 
