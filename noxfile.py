@@ -15,7 +15,8 @@ NEWEST = "5.23.0"
 COMPATIBILITY_TESTS = [
     f"tests/test_{name}.py"
     for name in ("configuration_lsg_albert", "modeling_lsg_albert", "loading", "ecosystem", "tokenizer", "peft")
-] + ["tests/test_conversion_convert.py", "tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
+] + ["tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
+COMPATIBILITY_TESTS += [f"tests/test_conversion_{name}.py" for name in ("convert", "plan", "verify")]
 COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
 
 nox.options.default_venv_backend = "virtualenv"

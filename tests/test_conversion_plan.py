@@ -52,7 +52,7 @@ def test_an_odd_value_of_any_field_is_taken_or_named(small, field):
         ("hidden_act", ["gelu"]),
         ("id2label", "odd"),
         ("id2label", {"a": 1}),
-        ("num_labels", None),
+        ("num_labels", "odd"),
         ("chunk_size_feed_forward", "odd"),
         ("chunk_size_feed_forward", None),
         ("chunk_size_feed_forward", -1),
