@@ -1,17 +1,24 @@
-"""LSG-ALBERT: ALBERT with local + sparse + global attention, for documents of thousands of tokens."""
+"""LSG-ALBERT: ALBERT with local + sparse + global attention, for documents of thousands of tokens.
 
-from .configuration_lsg_albert import LSGAlbertConfig
-from .modeling_lsg_albert import (
-    LSGAlbertForConditionalGeneration,
-    LSGAlbertForMaskedLM,
-    LSGAlbertForMultipleChoice,
-    LSGAlbertForPreTraining,
-    LSGAlbertForQuestionAnswering,
-    LSGAlbertForSequenceClassification,
-    LSGAlbertForTokenClassification,
-    LSGAlbertModel,
-    LSGAlbertPreTrainedModel,
-)
+A class is imported, with torch and transformers, when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_lsg_albert import LSGAlbertConfig
+    from .modeling_lsg_albert import (
+        LSGAlbertForConditionalGeneration,
+        LSGAlbertForMaskedLM,
+        LSGAlbertForMultipleChoice,
+        LSGAlbertForPreTraining,
+        LSGAlbertForQuestionAnswering,
+        LSGAlbertForSequenceClassification,
+        LSGAlbertForTokenClassification,
+        LSGAlbertModel,
+        LSGAlbertPreTrainedModel,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,3 +33,16 @@ __all__ = [
     "LSGAlbertModel",
     "LSGAlbertPreTrainedModel",
 ]
+_MODULES = {**dict.fromkeys(__all__, "modeling_lsg_albert"), "LSGAlbertConfig": "configuration_lsg_albert"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES.values():
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,56 +1,52 @@
 """The command line: `lsg-albert convert SOURCE TARGET`, also as `python -m lsg_albert convert SOURCE TARGET`."""
 
 import argparse
-import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from inspect import Parameter
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.utils import disable_progress_bars
-
 from . import __version__
-from .checkpoint_conversion import DTYPES, convert_checkpoint, lsg_parameters, push
-from .checkpoint_files import one_line
-from .configuration_lsg_albert import LSGAlbertConfig
+from .conversion.options import PLACES, add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = vars(make_parser().parse_args(arguments))
     del options["command"]
-    report_file: Path | None = options.pop("report")
-    repository, private = options.pop("push_to_hub"), options.pop("private")
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # those of downloads and uploads; ours see by themselves that there is no terminal
     try:
-        if report_file is not None:
-            check_writable(report_file, Path(options["target"]))
-        report = convert_checkpoint(**options)
-        if report_file is not None:
-            report.save(report_file)  # before a push, which may fail
-        if repository is not None:
-            report.pushed_to = push(Path(report.target), repository, options["token"], private)
-            if report_file is not None:
-                report.save(report_file)
+        return convert(**options)
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted, nothing is written", file=sys.stderr)
         return 130
-    print(report.text())
+
+
+def convert(report: Path | None, push_to_hub: str | None, private: bool, **options) -> int:
+    """Convert a checkpoint and print the report."""
+    # Only here, as it takes seconds: help and wrong arguments are answered before.
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .conversion.convert import convert_checkpoint, push
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # those of downloads and uploads; ours see by themselves that there is no terminal
+    if report is not None:
+        check_writable(report, Path(options["target"]))
+    done = convert_checkpoint(**options)
+    if report is not None:
+        done.save(report)  # before a push, which may fail
+    if push_to_hub is not None:
+        done.pushed_to = push(Path(done.target), push_to_hub, options["token"], private)
+        if report is not None:
+            done.save(report)
+    print(done.text())
     return 0
 
 
 def check_writable(report_file: Path, target: Path) -> None:
-    """Refuse a place for the report before the work begins, not after.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Refuse a place for the report before the work begins, not after."""
     if report_file.resolve().parent != target.resolve():  # which is still to be made
         with report_file.open("a"):
             pass
@@ -68,92 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
     convert.add_argument("target", metavar="TARGET", help="the directory to make")
-    add_conversion_options(convert.add_argument_group("conversion"))
-    add_lsg_parameters(
-        convert.add_argument_group("attention pattern, by default that of an LSG source, else as given")
-    )
-    add_place_options(convert.add_argument_group("reading and writing"))
+    groups = add_options(convert)
+    groups[PLACES].add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON too")
     return parser
-
-
-def add_conversion_options(group: argparse.ArgumentParser) -> None:
-    """What `convert_checkpoint` has of its own."""
-    group.add_argument(
-        "--max-length", type=int, default=4096, metavar="N", help="longest text, in tokens (%(default)s)"
-    )
-    group.add_argument("--architecture", metavar="CLASS", help="AlbertForX or LSGAlbertForX; by default the source's")
-    group.add_argument("--random-global-init", action="store_true", help="global tokens from random words, not [MASK]")
-    group.add_argument(
-        "--global-positional-stride", type=int, default=64, metavar="N",
-        help="positions between one global token and the next (%(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep-first-global-token",
-        action="store_true",
-        help="keep an LSG source's first global token, remake the others",
-    )
-    group.add_argument(
-        "--resize-lsg", action="store_true", help="keep an LSG source's global tokens, change its positions"
-    )
-    group.add_argument(
-        "--no-token-type", dest="use_token_type", action="store_false", help="leave token type 0 out of global tokens"
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (%(default)s)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the result's weights; by default the source's")
-    group.add_argument("--bos-token-id", type=int, metavar="ID", help="token of the first global token")
-    group.add_argument("--mask-token-id", type=int, metavar="ID", help="token of the other global tokens")
-
-
-def add_lsg_parameters(group: argparse.ArgumentParser) -> None:
-    """One option for each parameter that `LSGAlbertConfig` has and ALBERT has not. The class checks the values."""
-    for name, parameter in lsg_parameters().items():
-        flag, text = "--" + name.replace("_", "-"), describe(name)
-        if parameter.annotation is bool:
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=f"{text} ({parameter.default})",
-            )
-        else:
-            group.add_argument(
-                flag,
-                type=reader(parameter),
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=f"{text} ({parameter.default})",
-            )
-
-
-def reader(parameter: Parameter) -> Callable[[str], int | str | None]:
-    """Reads a value of the parameter's type; where that allows `None`, the word "none" stands for it."""
-    is_union = typing.get_origin(parameter.annotation) in (types.UnionType, typing.Union)
-    allowed = typing.get_args(parameter.annotation) if is_union else (parameter.annotation,)
-    (kind,) = set(allowed) - {types.NoneType}
-
-    def read(text: str) -> int | str | None:
-        return None if types.NoneType in allowed and text.lower() == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # argparse names it: "invalid int value"
-    return read
-
-
-def describe(name: str) -> str:
-    """What the configuration's docstring says about a parameter, in a form for argparse."""
-    found = re.search(rf"^ *{name} \(.*?\):\n((?: {{12,}}.*\n)+)", LSGAlbertConfig.__doc__ or "", re.MULTILINE)
-    return " ".join(found[1].split()).rstrip(".").replace("`", "").replace("%", "%%") if found else ""
-
-
-def add_place_options(group: argparse.ArgumentParser) -> None:
-    """Where things come from and go."""
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a source on the Hub")
-    group.add_argument("--token", help="for the Hub; by default the one that you are logged in with")
-    group.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
-    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights (%(default)s)")
-    group.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare TARGET with SOURCE")
-    group.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON too")
-    group.add_argument("--push-to-hub", metavar="REPOSITORY", help="upload TARGET to the Hub")
-    group.add_argument("--private", action="store_true", help="make the repository on the Hub a private one")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,22 @@ SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooli
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 MAX_GLOBAL_TOKENS = 512  # rows of the table of global embeddings, in every published checkpoint
 
+# The fields that ALBERT does not have. A conversion takes each of them as an option and writes them all.
+LSG_FIELDS = (
+    "block_size",
+    "sparse_block_size",
+    "sparsity_factor",
+    "sparsity_type",
+    "num_global_tokens",
+    "mask_first_token",
+    "pool_with_global",
+    "adaptive",
+    "pack_padding",
+    "lsh_num_pre_rounds",
+    "lsh_seed",
+    "pass_global_tokens_to_decoder",
+)
+
 AUTO_MAP = {
     "AutoConfig": "configuration_lsg_albert.LSGAlbertConfig",
     "AutoModel": "modeling_lsg_albert.LSGAlbertModel",

@@ -21,7 +21,8 @@ OLDEST_PYTEST = PYPROJECT["tool"]["pytest"]["ini_options"]["minversion"]
 COMPATIBILITY_TESTS = [
     f"tests/test_{name}.py"
     for name in ("configuration_lsg_albert", "modeling_lsg_albert", "loading", "ecosystem", "tokenizer", "peft")
-] + ["tests/test_checkpoint_conversion.py", "tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
+] + ["tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
+COMPATIBILITY_TESTS += [f"tests/test_conversion_{name}.py" for name in ("convert", "plan", "verify")]
 COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
 
 nox.options.default_venv_backend = "virtualenv"

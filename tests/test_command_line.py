@@ -1,6 +1,7 @@
 """`lsg-albert convert`: its options, what it prints, how it fails, the Hub, and its need of memory."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -15,9 +16,9 @@ import pytest
 from albert_sources import fingerprint
 from conftest import ROOT
 from hub_stand_in import COMMIT, stand_in_hub
-from lsg_albert import LSGAlbertForMaskedLM
+from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM
 from lsg_albert.__main__ import main
-from lsg_albert.checkpoint_conversion import lsg_parameters
+from lsg_albert.configuration_lsg_albert import LSG_FIELDS
 
 SHORT = ["--max-length", "64", "--block-size", "16"]
 
@@ -67,8 +68,29 @@ def test_every_lsg_parameter_has_an_option_with_a_description(capsys):
     with pytest.raises(SystemExit):
         convert("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for name, parameter in lsg_parameters().items():
-        assert re.search(rf"--{name.replace('_', '-')} .*\w.*\({parameter.default}\)", text), name
+    parameters = inspect.signature(LSGAlbertConfig.__init__).parameters
+    for name in LSG_FIELDS:
+        assert re.search(rf"--{name.replace('_', '-')} .*\w.*\({parameters[name].default}\)", text), name
+
+
+# What the command has imported when it has answered.
+_ANSWERED = """
+import sys
+from lsg_albert.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("code", end.code, *sorted({"torch", "transformers", "huggingface_hub", "numpy"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("--version", 0), ("--help", 0), ("convert --help", 0), ("convert a b --blocksize 3", 2), ("convert a", 2)],
+)
+def test_help_and_wrong_arguments_are_answered_before_anything_slow_is_imported(installed, tmp_path, line, code):
+    done = run("-c", _ANSWERED, *line.split(), cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.stdout.splitlines()[-1] == f"code {code}", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -264,7 +286,7 @@ def test_the_readme_lists_the_options(capsys):
     with pytest.raises(SystemExit):
         convert("--help")
     options = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    parameters = {"--" + name.replace("_", "-") for name in lsg_parameters()}
+    parameters = {"--" + name.replace("_", "-") for name in LSG_FIELDS}
     assert len(options) > 20 and options - parameters - set(re.findall(r"`(--[a-z-]+)", section)) == set()
 
 

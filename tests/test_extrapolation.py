@@ -13,7 +13,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, AutoTokenizer
 
 from conftest import ROOT
 from helpers import TOKENIZER
-from lsg_albert.checkpoint_conversion import convert_checkpoint
+from lsg_albert.conversion import convert_checkpoint
 from pretraining import extrapolation
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import TokenizedDocuments, load_tokens

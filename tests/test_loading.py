@@ -23,7 +23,7 @@ import lsg_albert
 from helpers import CODE, ROOT, logged_warnings, run_in_new_process, write_repository
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM
 from lsg_albert.configuration_lsg_albert import AUTO_MAP, SPARSITY_TYPES
-from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.conversion.tensors import convert_state_dict
 
 TRANSFORMERS = Version(transformers.__version__)
 HEADS = {name: target.split(".")[1] for name, target in AUTO_MAP.items() if name != "AutoConfig"}

@@ -11,7 +11,7 @@ import lsg_albert
 from conftest import TINY
 from helpers import checkpoint_activations
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
-from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.conversion.tensors import convert_state_dict
 from lsg_albert.lsg_compat import is_checkpointing
 from lsg_albert.lsg_outputs import select_states, token_loss
 from oracle import oracle_encoder

@@ -18,7 +18,7 @@ import lsg_albert
 from conftest import TINY
 from helpers import cache_of, checkpoint_activations, logged_warnings
 from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM
-from lsg_albert.convert_albert_to_lsg import convert_state_dict
+from lsg_albert.conversion.tensors import convert_state_dict
 from lsg_albert.lsg_compat import as_encoder_decoder_cache, cached
 from lsg_albert.lsg_decoder import causal_visibility, shift_right, token_positions
 from oracle import oracle_decoder, oracle_encoder

@@ -13,26 +13,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed conversion left behind is then for the user to remove
-    fcntl = None
+from .families import FAMILIES
 
-TOKENIZER_VOCABULARIES = {  # files that hold a vocabulary, and the class that reads them if no other file names one
-    "spiece.model": "AlbertTokenizer",
-    "tokenizer.json": "AlbertTokenizer",
-    "vocab.txt": "BertTokenizer",
-}
 TOKENIZER_SETTINGS = "tokenizer_config.json"
-TOKENIZER_FILES = (*TOKENIZER_VOCABULARIES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family.vocabularies}
+TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
 
 
 class ConversionError(ValueError):
@@ -52,20 +47,15 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
     wanted = ["config.json", "README.md", *TOKENIZER_FILES]
+    options = {"revision": revision, "token": token, "ignore_patterns": "*/*"}  # which are subfolders
     try:
-        folder = fetch(source, revision, token, [*wanted, "model*.safetensors", SAFETENSORS_INDEX])
-        if not any(folder.glob("model*.safetensors")):
-            folder = fetch(source, revision, token, [*wanted, "pytorch_model*.bin", PICKLE_INDEX])
+        for weights in (["model*.safetensors", SAFETENSORS_INDEX], ["pytorch_model*.bin", PICKLE_INDEX]):
+            folder = Path(snapshot_download(source, allow_patterns=wanted + weights, **options))
+            if any(folder.glob(weights[0])):
+                break
     except Exception as error:  # of the network: each release of huggingface_hub has its own
         raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
     return folder
-
-
-def fetch(source: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
-    """The files of a repository on the Hub that match, without its subfolders."""
-    return Path(
-        snapshot_download(source, revision=revision, token=token, allow_patterns=patterns, ignore_patterns="*/*")
-    )
 
 
 def one_line(error: BaseException) -> str:
@@ -93,7 +83,7 @@ def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class SourceWeights(Mapping[str, Tensor]):
+class SourceWeights:
     """The tensors of a checkpoint by name. Each is mapped from its file when asked for, and let go with its last
     reference; only pickles of PyTorch before 1.6 are read at once.
 
@@ -107,7 +97,7 @@ class SourceWeights(Mapping[str, Tensor]):
         self._pickled: dict[str, Tensor] = {}
         for path, names in find_weights(folder).items():
             found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
-            missing = sorted(set(names or ()) - set(found))
+            missing = sorted(set(names) - set(found))
             if missing:
                 raise ConversionError(f"{path} is damaged: it lacks {missing[0]}, which its index promises.")
             self.shapes.update(found)
@@ -137,33 +127,40 @@ class SourceWeights(Mapping[str, Tensor]):
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
 
-    def __len__(self) -> int:
-        return len(self.files)
+def read_checked(weights: SourceWeights, name: str) -> Tensor:
+    """A tensor of the source, refused if it holds no floating-point numbers, or some that are not finite."""
+    tensor = weights[name]
+    if not tensor.is_floating_point():
+        raise ConversionError(f"{weights.files[name]} is damaged: {name} is of the type {tensor.dtype}.")
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # which makes no copy of the tensor, as others do
+        count = int((~tensor.isfinite()).sum())
+        values = f"{count} of {tensor.numel()} values that are NaN or infinite"
+        raise ConversionError(f"{weights.files[name]} is damaged: {name} has {values}.")
+    return tensor
 
 
-def find_weights(folder: Path) -> dict[Path, list[str] | None]:
-    """The files with a checkpoint's weights, and the names that an index says they hold, in transformers' order of
-    preference.
+def find_weights(folder: Path) -> dict[Path, list[str]]:
+    """The files with a checkpoint's weights, the first kind that transformers looks for, and the names that an index
+    says they hold.
 
     Raises:
         ConversionError: there are none, or one that the index names is missing.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
-            return {folder / single: None}
+            return {folder / single: []}
         if (folder / index).is_file():
             shards: dict[Path, list[str]] = {}
-            for name, file_name in read_json(folder / index).get("weight_map", {}).items():
-                shards.setdefault(folder / file_name, []).append(name)
-            if not shards:
+            weight_map = read_json(folder / index).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict):
                 raise ConversionError(f"{folder / index} is damaged: it has no `weight_map`.")
+            for name, file_name in weight_map.items():
+                shards.setdefault(folder / str(file_name), []).append(name)
             for path in shards:
                 if not path.is_file():
                     raise ConversionError(f"{path} is missing, which {index} names.")
-            return dict(shards)
+            return shards
     others = [name for name in ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index") if (folder / name).exists()]
     hint = f" {others[0]} is of another framework: load and save it with PyTorch first." if others else ""
     raise ConversionError(f"{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, whole or in shards.{hint}")
@@ -180,28 +177,23 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: str 
     )
     for file_name, names in tqdm(shards.filename_to_tensors.items(), "writing", unit="file", disable=None):
         path = folder / file_name
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files that only their owner may read
         try:
             save_file({name: tensors[name].contiguous() for name in names}, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {one_line(error)}") from error
-        path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner may read
+        path.chmod(mode)
     if shards.is_sharded:
         write_json(folder / SAFETENSORS_INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
-def umask() -> int:
-    """The permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def copy_code(folder: Path) -> list[str]:
     """Copy the modeling file and the siblings that it imports, directly or not; returns their names."""
+    package = Path(__file__).resolve().parent.parent
     names, waiting = [], ["modeling_lsg_albert"]
     while waiting:
-        module = waiting.pop()
-        path = Path(__file__).with_name(f"{module}.py")
+        path = package / f"{waiting.pop()}.py"
         if path.name not in names:
             names.append(path.name)
             waiting += re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -209,28 +201,36 @@ def copy_code(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def copy_tokenizer(source: Path, target: Path, max_length: int) -> bool:
-    """Copy the tokenizer's files as they are, but for the longest text that it makes; False where there is none."""
+def copy_tokenizer(source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int) -> bool:
+    """Copy the tokenizer's files as they are, but for the longest text that it makes.
+
+    Args:
+        source, target: directories.
+        vocabularies: files that hold a vocabulary, and the class that reads each if no other file names one.
+        max_length: tokens of the longest text.
+
+    Returns:
+        Whether there is a tokenizer.
+    """
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    vocabularies = [name for name in found if name in TOKENIZER_VOCABULARIES]
-    if not vocabularies:
+    classes = [tokenizer_class for name, tokenizer_class in vocabularies.items() if name in found]
+    if not classes:
         return False
     for name in found:
         shutil.copyfile(source / name, target / name)
+    settings = {"tokenizer_class": classes[0]}
     if TOKENIZER_SETTINGS in found:
         settings = read_json(source / TOKENIZER_SETTINGS)
-    else:
-        settings = {"tokenizer_class": TOKENIZER_VOCABULARIES[vocabularies[0]]}
     write_json(target / TOKENIZER_SETTINGS, {**settings, "model_max_length": max_length})
     return True
 
 
 @contextlib.contextmanager
 def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new directory beside `target` to write into; at the end it becomes `target`, after an exception it vanishes.
+    """A new directory to write into; at the end it becomes `target`, after an exception it vanishes.
 
-    A killed process leaves at most a hidden sibling, which the next call removes; if that holds what `target` was, as
-    only a kill between two renames can bring about, it is put back.
+    It lies in a hidden directory beside `target`, and what is replaced is moved there. That is all that a killed process
+    leaves; the next call removes it, and puts back what `target` was if the kill came between two renames.
 
     Raises:
         ConversionError: `target` exists, and `overwrite` is False or not safe.
@@ -238,77 +238,47 @@ def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
     check_target(target, overwrite)
-    partial = sibling(target, "partial")
-    partial.mkdir()
-    with locked(partial):
-        try:
+    workshop = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    workshop.mkdir()
+    try:
+        with FileLock(workshop / LOCK):
+            partial = workshop / "new"
+            partial.mkdir()
             yield partial
             for path in (*partial.rglob("*"), partial):
                 sync(path)
             check_target(target, overwrite)  # it may have come into being meanwhile
             if target.exists():
-                old = sibling(target, "replaced")
-                with locked(target):
-                    target.rename(old)
-                    try:
-                        partial.rename(target)
-                    except OSError:
-                        old.rename(target)
-                        raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                partial.rename(target)
+                target.rename(workshop / REPLACED)
+            partial.rename(target)
             sync(target.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        clear(workshop, target)
 
 
-def sibling(target: Path, purpose: str) -> Path:
-    """A new hidden name beside `target`."""
-    return target.with_name(f".{target.name}.{purpose}-{uuid.uuid4().hex[:8]}")
+def recover(target: Path) -> None:
+    """Remove what killed conversions left beside `target`, or put it back; what a live one works on is left alone."""
+    for workshop in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(workshop / LOCK, timeout=0):
+            clear(workshop, target)
+
+
+def clear(workshop: Path, target: Path) -> None:
+    """Remove the directory of a conversion; what it has replaced is put back unless something has taken its place."""
+    replaced = workshop / REPLACED
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, and with `overwrite` one that is something else than a model.
-
-    Raises:
-        ConversionError: it does.
-    """
+    """Refuse a target that exists, and with `overwrite` one that is something else than a model."""
     if not target.exists():
         return
     if not overwrite:
         raise ConversionError(f"{target} exists. Choose another target, or replace this one with `--overwrite`.")
     if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
         raise ConversionError(f"{target} is not replaced: it is no model's directory, as it has no config.json.")
-
-
-def recover(target: Path) -> None:
-    """Remove what killed conversions left beside `target`, or put it back; what a live one works on is left alone."""
-    for purpose in ("replaced", "partial"):
-        for path in target.parent.glob(f".{glob.escape(target.name)}.{purpose}-*"):
-            with contextlib.suppress(FileNotFoundError), locked(path) as free:
-                if free and purpose == "replaced" and not target.exists():
-                    path.rename(target)
-                elif free:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Mark a directory as in use by this process, as long as it lives; False if another one uses it."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

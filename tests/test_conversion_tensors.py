@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from lsg_albert.convert_albert_to_lsg import convert_state_dict, embeddings_prefix, make_global_table, order_positions
+from lsg_albert.conversion.tensors import convert_state_dict, embeddings_prefix, make_global_table, order_positions
 
 
 @pytest.fixture

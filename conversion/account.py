@@ -1,0 +1,157 @@
+"""Which tensor goes where: each of the source is accounted for, and each of the target comes from somewhere."""
+
+import copy
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .. import modeling_lsg_albert
+from ..configuration_lsg_albert import AUTO_MAP, LSGAlbertConfig
+from .families import Family
+from .files import ConversionError
+from .tensors import GLOBAL_TABLE
+
+Shape = tuple[int, ...]
+
+# Without the sequence-to-sequence class: transformers has no counterpart to compare it with. It loads from all others.
+ARCHITECTURES = tuple(
+    path.split(".")[1] for auto, path in AUTO_MAP.items() if auto not in ("AutoConfig", "AutoModelForSeq2SeqLM")
+)
+BARE = "LSGAlbertModel"  # the class without a head
+BASE_PARTS = ("embeddings", "encoder", "pooler")
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# Second names of one parameter, which files may hold or not; the decoder's weight is one only where it is tied.
+DECODER = "predictions.decoder.weight"
+TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"}
+# Reasons to leave out what is not lost.
+BUFFER = "a buffer that the model makes itself"
+TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of each tensor of the source, and where each of the target comes from."""
+
+    copied: dict[str, str]  # name in the target: name in the source
+    dropped: dict[str, str]  # name in the source: reason
+    missing: list[str]  # names in the target for which the source has nothing
+
+
+def lsg_architecture(name: str, family: Family) -> str:
+    """The LSG class for a class of the family, of ALBERT or of ours, such as `AlbertForX` or `LSGAlbertForX`.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    heads = [architecture.removeprefix("LSGAlbert") for architecture in ARCHITECTURES]
+    classes = {
+        mark + own + head: "LSGAlbert" + head
+        for head in heads for own in ("Albert", family.class_name) for mark in ("", "LSG")
+    }  # fmt: skip
+    if name not in classes:
+        known = [family.class_name + head for head in heads]
+        nearest = difflib.get_close_matches(str(name).removeprefix("LSG"), known, n=1, cutoff=0.0)[0]
+        raise ConversionError(
+            f"There is no LSG class for the architecture {name!r}: did you mean {nearest!r}? Known are "
+            f"{', '.join(known)}."
+        )
+    return classes[name]
+
+
+def model_class(architecture: str) -> type[PreTrainedModel]:
+    """The class of that name, ours for names with LSG, else transformers' own."""
+    return getattr(modeling_lsg_albert if architecture.startswith("LSG") else transformers, architecture)
+
+
+def base_prefix(architecture: str) -> str:
+    """What stands before the names of the base model in an LSG class."""
+    return "" if architecture == BARE else "albert."
+
+
+def parameter_shapes(architecture: str, config: LSGAlbertConfig) -> dict[str, Shape]:
+    """Names and shapes of all parameters of a class."""
+    with torch.device("meta"):
+        model = model_class(architecture)(copy.deepcopy(config))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def target_name(name: str, family: Family, prefix: str) -> str:
+    """The name that a tensor of a source has in a target with that prefix, which may have no such tensor."""
+    name = family.tensor_name(name.removeprefix(family.prefix))
+    return prefix + name if part_of(name) in BASE_PARTS else name
+
+
+def part_of(name: str) -> str:
+    """The part of a model to which a tensor belongs: "embeddings", "predictions", "classifier", ..."""
+    return name.removeprefix("albert.").split(".")[0]
+
+
+def account_for(
+    source: Mapping[str, Shape], family: Family, architecture: str, config: LSGAlbertConfig, strict: bool
+) -> Account:
+    """Compare the tensors of a source, by name and shape, with the parameters of an LSG class.
+
+    Args:
+        source: shapes of the source's tensors.
+        family: to which it belongs.
+        architecture: the LSG class.
+        config: a configuration with the source's sizes.
+        strict: whether the source says itself that it is of this class. Then its head must be whole, and heads of
+            other classes are kept too; otherwise they are dropped, and a missing head is drawn.
+
+    Raises:
+        ConversionError: the source's encoder is not whole, has other shapes, or tensors that ALBERT does not have.
+    """
+    prefix = base_prefix(architecture)
+    expected = parameter_shapes(architecture, config)
+    # A file may hold a pooler that the class lacks; it is kept, since other classes have it.
+    required = {prefix + name: shape for name, shape in parameter_shapes(BARE, config).items()} | expected
+    known = {name for other in ARCHITECTURES for name in parameter_shapes(other, config)} | required.keys()
+    copied, dropped = {}, {}
+    for source_name, shape in source.items():
+        name = target_name(source_name, family, prefix)
+        wanted = required.get(name, shape if strict and name in known else None)
+        if name.endswith(BUFFERS):
+            dropped[source_name] = BUFFER
+        elif name in copied:
+            raise ConversionError(f"The source has two tensors for {name}: {copied[name]} and {source_name}.")
+        elif shape == wanted:
+            copied[name] = source_name
+        elif wanted is not None and (strict or part_of(name) in BASE_PARTS):
+            raise ConversionError(
+                f"The source's tensor {source_name} has the shape {shape}, but its config asks for {wanted}."
+            )
+        elif strict:
+            raise ConversionError(
+                f"The source has the tensor {source_name}, which no ALBERT has. Name the class to make with "
+                "`--architecture` to leave such tensors out."
+            )
+        elif wanted is None:
+            dropped[source_name] = f"{architecture} has no such parameter"
+        else:
+            dropped[source_name] = f"the shape {shape} where {architecture} has {wanted}"
+    twins = {twin: name for twin, name in TWINS.items() if twin != DECODER or config.tie_word_embeddings}
+    # Where the file holds a tensor under its second name alone, it goes under its first.
+    first = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
+    copied = {first.get(name, name): source_name for name, source_name in copied.items()}
+    made = {*twins, prefix + GLOBAL_TABLE}
+    missing = [name for name in expected if name not in copied and name not in made]
+    check_missing(missing, copied, strict)
+    return Account(copied, dropped, missing)
+
+
+def check_missing(missing: Iterable[str], copied: Iterable[str], strict: bool) -> None:
+    """Refuse a source that lacks a part of its encoder, or of its head; a whole head may be drawn anew."""
+    parts_there = {part_of(name) for name in copied}
+    for part, group in itertools.groupby(sorted(missing, key=part_of), key=part_of):
+        if part not in parts_there and (part == "pooler" or not (strict or part in BASE_PARTS)):
+            continue  # a whole head, or the pooler, which a model for tokens does not have
+        first, *others = group
+        more = f" and {len(others)} more tensors" if others else ""
+        hint = "" if part in BASE_PARTS else " Name another class to make with `--architecture`, if that is right."
+        raise ConversionError(f"The source lacks {first}{more}.{hint}")

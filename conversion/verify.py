@@ -1,0 +1,262 @@
+"""The proof of a conversion: the target, read from its files, computes what the source does."""
+
+import copy
+import re
+import sys
+import time
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AlbertConfig, PretrainedConfig, PreTrainedModel
+
+from ..configuration_lsg_albert import LSGAlbertConfig
+from .account import TWINS, base_prefix, model_class
+from .files import ConversionError, SourceWeights, one_line
+from .plan import Plan, Tokens
+from .tensors import GLOBAL_TABLE, POSITION_TABLE, TOKEN_TYPE_TABLE, WORD_TABLE
+
+Reader = Callable[[str], Tensor]  # gives a tensor by its name in the target
+Outputs = dict[str, Tensor]  # by their names
+
+LOSSLESS = 1e-4  # largest difference of logits in the lossless setting, where only rounding may tell the models apart
+SHORT_TEXT = (
+    "The river flows from the mountains into the {mask}. Ships go up and down on it, and towns lie on both sides."
+)
+
+
+@dataclass
+class Comparison:
+    """What the target computes, beside what the source does."""
+
+    text: str | None  # None: random ids, as the source has no tokenizer
+    tokens: int
+    lossless_difference: float
+    lossless_global_token: str  # "stored", or "computed" where the stored one is meant to differ from [CLS]
+    chosen_difference: float
+    source_top5: list[tuple[str, float]] | None
+    target_top5: list[tuple[str, float]] | None
+    full_length: int
+    full_length_seconds: float
+    peak_memory_mb: float | None  # of the whole process, up to the end of the forward of full length
+
+
+def compare(plan: Plan, tokens: Tokens, drawn: Mapping[str, Tensor], folder: Path) -> Comparison:
+    """Run source and target on a short text, the target in two settings, and on one of full length.
+
+    All models compute in float32; one is in memory at a time.
+
+    Args:
+        plan, tokens: of the conversion.
+        drawn: the tensors of the target that the source lacks.
+        folder: the target.
+
+    Raises:
+        ConversionError: the target is not lossless where it must be, or gives numbers that are not finite.
+    """
+    source, target = source_reader(plan, drawn), SourceWeights(folder)
+    config = LSGAlbertConfig.from_pretrained(folder)
+    text, input_ids = short_input(plan, tokens)
+    with tqdm(total=5, desc="comparing", unit="run", disable=None) as progress:
+        rounded = run(build_albert(plan, lambda name: source(name).to(plan.dtype)), input_ids)
+        progress.update()
+        as_it_was = rounded
+        if plan.is_lsg:
+            as_it_was = run(build(plan.architecture, plan.sizes, source), input_ids)
+        elif plan.dtype != plan.source_dtype:
+            as_it_was = run(build_albert(plan, source), input_ids)
+        progress.update()
+        chosen = build(plan.architecture, config, lambda name: target[first_name(name, target.shapes)])
+        difference, global_token = lossless_difference(plan, tokens, source, chosen, input_ids, rounded)
+        progress.update()
+        outputs = run(chosen, input_ids)
+        progress.update()
+        seconds = time_full_length(chosen, input_ids)
+        progress.update()
+    return Comparison(
+        text=text,
+        tokens=input_ids.shape[1],
+        lossless_difference=difference,
+        lossless_global_token=global_token,
+        chosen_difference=largest_difference(outputs, as_it_was),
+        source_top5=top5(plan, tokens, as_it_was, input_ids),
+        target_top5=top5(plan, tokens, outputs, input_ids),
+        full_length=plan.config.max_position_embeddings,
+        full_length_seconds=round(seconds, 3),
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
+def source_reader(plan: Plan, drawn: Mapping[str, Tensor]) -> Reader:
+    """Reads the source's tensors, and those drawn beside them, by their names in the target."""
+    copied = plan.account.copied
+
+    def read(name: str) -> Tensor:
+        name = first_name(name, copied.keys() | drawn.keys())
+        return drawn[name] if name in drawn else plan.source.weights[copied[name]]
+
+    return read
+
+
+def first_name(name: str, known: Container[str]) -> str:
+    """The name itself or, if it is the second one of a tensor and not known, that tensor's first."""
+    return name if name in known else TWINS[name]
+
+
+def build(architecture: str, config: PretrainedConfig, read: Reader) -> PreTrainedModel:
+    """A model in float32 whose parameters are `read(name)`, without a copy where that is in float32 already."""
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model = model_class(architecture)(config)
+    weights = {name: read(name).to(torch.float32) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
+    """The source as transformers' own ALBERT; of an LSG-ALBERT only what ALBERT has."""
+    # Fractions other than this one are of no account in evaluation; transformers 5 refuses None and integers there.
+    fractions = {name for name, value in AlbertConfig().to_dict().items() if isinstance(value, float)}
+    fields = {name: value for name, value in plan.source.fields.items() if name not in fractions}
+    config = AlbertConfig.from_dict({**fields, "layer_norm_eps": float(plan.sizes.layer_norm_eps)})
+    config._attn_implementation = "eager"
+    return build(plan.architecture.removeprefix("LSG"), config, read)
+
+
+def short_input(plan: Plan, tokens: Tokens) -> tuple[str | None, Tensor]:
+    """A text with a masked word, if there is a tokenizer, and its ids (1, length), the first of them [CLS].
+
+    Raises:
+        ConversionError: the tokenizer gives ids that the model does not have.
+    """
+    vocab_size = plan.config.vocab_size
+    if tokens.tokenizer is not None:
+        text = SHORT_TEXT.format(mask=tokens.tokenizer.mask_token or "sea")
+        ids = tokens.tokenizer(text)["input_ids"]
+        if max(ids) >= vocab_size:
+            raise ConversionError(
+                f"The tokenizer is not the model's: it gives the id {max(ids)}, where `vocab_size` is {vocab_size}."
+            )
+    else:
+        text, ids = None, torch.randint(vocab_size, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+        if tokens.mask is not None:
+            ids[10] = tokens.mask
+    length = min(len(ids), plan.sizes.max_position_embeddings, plan.config.max_position_embeddings)
+    return text, torch.tensor([[tokens.bos, *ids[1:length]]])
+
+
+def run(model: PreTrainedModel, input_ids: Tensor) -> Outputs:
+    """The outputs for ids (1, length); `ConversionError` if the model cannot be run."""
+    if type(model).__name__.endswith("MultipleChoice"):
+        input_ids = input_ids[None]
+    inputs = {  # all of them, as the buffers that would stand in may be without content
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+        "position_ids": torch.arange(input_ids.shape[-1]).expand_as(input_ids),
+    }
+    try:
+        with torch.inference_mode():
+            outputs = model(**inputs, return_dict=True)
+    except (RuntimeError, IndexError, MemoryError) as error:  # too little memory, or a size that a release cannot run
+        raise ConversionError(
+            f"{type(model).__name__} cannot be run on {input_ids.shape[-1]} tokens: {one_line(error)}. `--no-verify` "
+            "leaves the comparison out."
+        ) from error
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
+def largest_difference(outputs: Outputs, reference: Outputs) -> float:
+    """Between two models' outputs of the same names."""
+    return max(float((outputs[name] - reference[name]).abs().max()) for name in reference)
+
+
+def lossless_difference(
+    plan: Plan, tokens: Tokens, source: Reader, chosen: PreTrainedModel, input_ids: Tensor, reference: Outputs
+) -> tuple[float, str]:
+    """The largest difference to the source in the setting in which only float32's rounding may make one.
+
+    Args:
+        plan, tokens, source: of the conversion.
+        chosen: the target.
+        input_ids, reference: (1, length), and the source's outputs for them.
+
+    Returns:
+        The difference, and whether the first global token was the "stored" or a "computed" one.
+
+    Raises:
+        ConversionError: it is above `LOSSLESS`, or the first global token is not [CLS] where it was made so.
+    """
+    prefix, weights = base_prefix(plan.architecture), chosen.state_dict()
+    first_rows = {WORD_TABLE: tokens.bos, POSITION_TABLE: 0, TOKEN_TYPE_TABLE: 0}
+    cls_parts = [source(prefix + table)[row].float() for table, row in first_rows.items()]
+    table = weights[prefix + GLOBAL_TABLE]
+    is_cls = plan.options.use_token_type and not plan.is_lsg
+    if is_cls:
+        rounding = max(torch.finfo(dtype).eps for dtype in (plan.dtype, torch.float32))
+        allowed = rounding * sum(part.abs() for part in cls_parts)
+        if not bool(((table[0] - sum(cls_parts)).abs() <= allowed).all()):
+            raise ConversionError("The first global token is not the embedding of [CLS]: nothing is written.")
+    # In half precision the row is rounded once more than the sum that the source makes in float32.
+    is_stored = is_cls and plan.dtype.itemsize >= 4
+    if not is_stored:
+        table = table.clone()
+        table[0] = sum(part.to(plan.dtype).float() for part in cls_parts)
+        weights = {**weights, prefix + GLOBAL_TABLE: table}
+    model = build(plan.architecture, lossless_config(chosen.config, input_ids.shape[1]), weights.__getitem__)
+    difference = largest_difference(run(model, input_ids), reference)
+    if not difference < LOSSLESS:  # also where it is NaN
+        raise ConversionError(
+            f"The conversion is not lossless: with `mask_first_token=True` an output differs by {difference:.2e} "
+            f"from the source's, where less than {LOSSLESS:.0e} is right. Nothing is written."
+        )
+    return difference, "stored" if is_stored else "computed"
+
+
+def lossless_config(config: LSGAlbertConfig, length: int) -> LSGAlbertConfig:
+    """A configuration with which texts of that length are read as by ALBERT: one global token in [CLS]'s place."""
+    config = copy.deepcopy(config)
+    config.num_global_tokens, config.mask_first_token, config.pool_with_global = 1, True, True
+    config.block_size, config.sparsity_type = max(config.block_size, length), "none"
+    return config
+
+
+def time_full_length(model: PreTrainedModel, input_ids: Tensor) -> float:
+    """Seconds that the encoder takes for `input_ids` (1, length) repeated to full length; states must be finite."""
+    length = model.config.max_position_embeddings
+    ids = input_ids.repeat(1, length // input_ids.shape[1] + 1)[:, :length]
+    start = time.perf_counter()
+    outputs = run(getattr(model, "albert", model), ids)
+    seconds = time.perf_counter() - start
+    if not bool(outputs["last_hidden_state"].isfinite().all()):
+        raise ConversionError(f"The result gives numbers that are not finite on {length} tokens. Nothing is written.")
+    return seconds
+
+
+def top5(plan: Plan, tokens: Tokens, outputs: Outputs, input_ids: Tensor) -> list[tuple[str, float]] | None:
+    """The five likeliest tokens in the mask's place with their probabilities; None without mask or such a head."""
+    places = (input_ids[0] == (-1 if tokens.mask is None else tokens.mask)).nonzero().flatten()
+    has_head = plan.architecture in ("LSGAlbertForMaskedLM", "LSGAlbertForPreTraining")
+    if not has_head or len(places) == 0:
+        return None
+    logits = outputs["prediction_logits"] if "prediction_logits" in outputs else outputs["logits"]
+    values, ids = logits[0, places[0]].softmax(-1).topk(min(5, logits.shape[-1]))
+    names = ids.tolist() if tokens.tokenizer is None else tokens.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return list(zip(map(str, names), [round(value, 4) for value in values.tolist()], strict=True))
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has had at any time; None where the system does not say."""
+    status = Path("/proc/self/status")  # Linux; the portable number counts what the parent process had, too
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        return round(int(found[1]) * 1024 / 1e6, 1) if found else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
