@@ -55,8 +55,7 @@ def block_attention(
     num_globals = blocks.num_rows * pattern.num_global_tokens
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:  # (H, M, ...) -> (H, B, G, ...), (H, N * W, ...)
-        of_globals = x[:, :num_globals].unflatten(1, (blocks.num_rows, pattern.num_global_tokens))
-        return of_globals, x[:, num_globals:]
+        return x[:, :num_globals].unflatten(1, (blocks.num_rows, pattern.num_global_tokens)), x[:, num_globals:]
 
     (global_query, text_query), (global_key, text_key), (global_value, text_value) = (
         split(query),
@@ -77,8 +76,8 @@ def block_attention(
             query_blocks, keys, values, owners, blocks.row, pattern, implementation, dropout
         )
     # Token by token in memory, as the output projection reads it.
-    of_tokens = [x.movedim(0, 2).flatten(0, 1) for x in (global_context, text_context)]
-    return torch.cat(of_tokens).transpose(0, 1)
+    contexts = [x.movedim(0, 2).flatten(0, 1) for x in (global_context, text_context)]
+    return torch.cat(contexts).transpose(0, 1)
 
 
 def sparse_tokens(
@@ -143,12 +142,12 @@ def key_owners(blocks: BlockList, sparse_visible: Tensor | None, pattern: LSGPat
     def owner(visible: Tensor, tokens_per_block: int) -> Tensor:
         return torch.where(visible.unflatten(1, (-1, tokens_per_block)), row[:, None], -1).flatten(-2)
 
-    of_text, of_sparse = owner(blocks.visible[None], pattern.block_size), None
+    text, sparse = owner(blocks.visible[None], pattern.block_size), None
     if sparse_visible is not None:
-        of_sparse = owner(sparse_visible, pattern.sparse_per_block)
-        of_text = of_text.expand(of_sparse.shape[0], -1)
-    of_globals = torch.arange(blocks.num_rows, dtype=torch.int32, device=row.device)[None, :, None]
-    return KeyParts(of_globals.expand(of_text.shape[0], -1, pattern.num_global_tokens), of_text, of_sparse)
+        sparse = owner(sparse_visible, pattern.sparse_per_block)
+        text = text.expand(sparse.shape[0], -1)
+    globals_ = torch.arange(blocks.num_rows, dtype=torch.int32, device=row.device)[None, :, None]
+    return KeyParts(globals_.expand(text.shape[0], -1, pattern.num_global_tokens), text, sparse)
 
 
 def global_attention(

@@ -1,6 +1,13 @@
-"""Batches as one list of blocks: rows of different lengths side by side, without the padding between them.
+"""Batches as one list of blocks: rows of different lengths side by side, with blocks of padding left out.
 
-Dimension key:  B rows of the batch  G global tokens  T text tokens of a padded row  N blocks  W block_size
+Three things look like padding, and each has a word of its own:
+  padding    the caller's tokens with 0 in `attention_mask`. Whole blocks of it at the end of a row are left out here.
+  alignment  tokens that the encoder appends so that the last block is whole (`LSGAlbertEncoder.alignment`).
+  margins    places of a key window before the first token or after the last (lsg_windows.py).
+None of them is attended to.
+
+Dimension key:  B rows of the batch  G global tokens  T text tokens of a row  N blocks  W block_size  H heads
+                Z segments  I tokens of a segment
 """
 
 from dataclasses import dataclass, fields, replace
@@ -67,23 +74,23 @@ class BlockList:
     def pack(self, x: Tensor) -> Tensor:
         """List the tokens of rows (B, G + T, ...): all global tokens, then all blocks; (B * G + N * W, ...)."""
         num_globals = x.shape[1] - self.row_length
-        of_globals, of_text = x[:, :num_globals], x[:, num_globals:].flatten(0, 1)
+        globals_, text = x[:, :num_globals], x[:, num_globals:].flatten(0, 1)
         if self.kept is not None:
-            of_text = of_text.unflatten(0, (-1, self.block_size))[self.kept].flatten(0, 1)
-        return torch.cat([of_globals.flatten(0, 1), of_text])
+            text = text.unflatten(0, (-1, self.block_size))[self.kept].flatten(0, 1)
+        return torch.cat([globals_.flatten(0, 1), text])
 
     def unpack(self, x: Tensor) -> Tensor:
         """The reverse of `pack`, with zeros for the tokens of blocks that are not here, or blank."""
         num_globals = x.shape[0] - self.visible.shape[0]
-        of_globals, of_text = x[:num_globals], x[num_globals:]
-        of_blocks = of_text.unflatten(0, (-1, self.block_size))
+        globals_, text = x[:num_globals], x[num_globals:]
+        blocks = text.unflatten(0, (-1, self.block_size))
         if self.kept is not None:
-            all_blocks = of_blocks.new_zeros(self.num_rows * self.row_length // self.block_size, *of_blocks.shape[1:])
-            of_text = all_blocks.index_copy(0, self.kept, of_blocks).flatten(0, 1)
+            all_blocks = blocks.new_zeros(self.num_rows * self.row_length // self.block_size, *blocks.shape[1:])
+            text = all_blocks.index_copy(0, self.kept, blocks).flatten(0, 1)
         elif self.blank is not None:
-            is_blank = self.blank.view(-1, *[1] * (of_blocks.ndim - 1))
-            of_text = of_blocks.masked_fill(is_blank, 0).flatten(0, 1)
-        return torch.cat([part.unflatten(0, (self.num_rows, -1)) for part in (of_globals, of_text)], dim=1)
+            is_blank = self.blank.view(-1, *[1] * (blocks.ndim - 1))
+            text = blocks.masked_fill(is_blank, 0).flatten(0, 1)
+        return torch.cat([part.unflatten(0, (self.num_rows, -1)) for part in (globals_, text)], dim=1)
 
 
 def list_blocks(visible: Tensor, block_size: int, padding: str = "keep") -> BlockList:

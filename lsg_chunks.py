@@ -51,7 +51,7 @@ class ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(row, query, bias, *parts)
         keys, values = KeyParts(*parts[:3]), KeyParts(*parts[3:])
         num_heads, num_blocks, block_size, _ = query.shape
-        width = values.of_text.shape[-1]
+        width = values.text.shape[-1]
         context = query.new_empty(num_blocks, block_size, num_heads, width).movedim(2, 0)
         for chunk in chunks_of_blocks(query, row, bias, keys, pattern):
             key, value = chunk.windows(keys, pattern), chunk.windows(values, pattern)
@@ -101,7 +101,7 @@ class Chunk(NamedTuple):
 
     def windows(self, parts: KeyParts, pattern: LSGPattern) -> Tensor:
         """As `key_windows`, of the chunk's blocks and what they see: (H, blocks, K seen, ...)."""
-        windows = [parts.of_globals[:, self.row]]
+        windows = [parts.globals[:, self.row]]
         for strip in self.seen(parts, pattern):
             windows.append(cut_windows(strip.padded(), strip.where, strip.num_blocks))
         return torch.cat(windows, dim=2)
@@ -109,10 +109,10 @@ class Chunk(NamedTuple):
     def add_windows(self, total: KeyParts, windows: Tensor, pattern: LSGPattern) -> None:
         """Add windows to what they were cut from, in place: the gradient of `windows`."""
         strips = self.seen(total, pattern)
-        sizes = [total.of_globals.shape[2], *(strip.where.size for strip in strips)]
-        of_globals, *of_strips = windows.split(sizes, dim=2)
-        total.of_globals.index_add_(1, self.row, of_globals)
-        for strip, gradient in zip(strips, of_strips, strict=True):
+        sizes = [total.globals.shape[2], *(strip.where.size for strip in strips)]
+        global_windows, *strip_windows = windows.split(sizes, dim=2)
+        total.globals.index_add_(1, self.row, global_windows)
+        for strip, gradient in zip(strips, strip_windows, strict=True):
             padded, inside = strip.padded(), strip.inside()
             add_windows(padded, gradient, strip.where)
             if padded.shape != inside.shape:  # a copy, with margins
@@ -152,20 +152,20 @@ def chunks_of_blocks(query: Tensor, row: Tensor, bias: Tensor, keys: KeyParts, p
     """
     ranges = [where for _, where in keys.ranged(pattern)]
     sizes = [where.size for where in ranges]
-    of_globals, *of_parts = bias.split([bias.shape[-1] - sum(sizes), *sizes], dim=-1)
-    seen = [seen_columns(part) for part in of_parts]
+    global_bias, *biases = bias.split([bias.shape[-1] - sum(sizes), *sizes], dim=-1)
+    seen = [seen_columns(part) for part in biases]
     num_heads, num_blocks, _, width = query.shape
     count = max(1, CHUNK_BYTES // (num_heads * bias.shape[-1] * width * query.element_size()))
     for first in range(0, num_blocks, count):
         blocks = slice(first, min(first + count, num_blocks))
         columns = [(min(begins[blocks]), max(ends[blocks])) for begins, ends in seen]
-        of_seen = [part[:, blocks, :, begin:end] for part, (begin, end) in zip(of_parts, columns, strict=True)]
+        seen_biases = [part[:, blocks, :, begin:end] for part, (begin, end) in zip(biases, columns, strict=True)]
         shifted = [where.shifted(first) for where in ranges]
         yield Chunk(
             blocks,
             row[blocks],
             [where.columns(begin, end) for where, (begin, end) in zip(shifted, columns, strict=True)],
-            torch.cat([of_globals[:, blocks], *of_seen], dim=-1),
+            torch.cat([global_bias[:, blocks], *seen_biases], dim=-1),
         )
 
 

@@ -230,7 +230,7 @@ class LSGAlbertDecoder(nn.Module):
         past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
         places = (visible, past_length, given.shape[1], given.device)
         embeddings = albert.embeddings.embed_text(input_ids, None, token_positions(*places), inputs_embeds)
-        states = albert.encoder.embedding_hidden_mapping_in(albert.embeddings.finish(embeddings))
+        states = albert.encoder.embedding_hidden_mapping_in(albert.embeddings.normalize(embeddings))
         seen, encoder_seen = causal_visibility(*places), encoder_visible[:, None, None]
 
         calls = [

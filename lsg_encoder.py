@@ -102,7 +102,7 @@ class LSGAlbertEmbeddings(nn.Module):
         text = self.embed_text(input_ids, token_type_ids, position_ids, inputs_embeds)
         global_tokens = self.global_embeddings(torch.arange(self.num_global_tokens, device=text.device))
         global_tokens = global_tokens.to(text.dtype).expand(text.shape[0], -1, -1)
-        return self.finish(torch.cat([global_tokens, text], dim=1))
+        return self.normalize(torch.cat([global_tokens, text], dim=1))
 
     def embed_text(
         self,
@@ -111,7 +111,7 @@ class LSGAlbertEmbeddings(nn.Module):
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
-        """The text alone, as a sum that `finish` is still to be applied to: (batch, length, embedding_size)."""
+        """The text alone, before `normalize`: (batch, length, embedding_size)."""
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         length = words.shape[1]
         if token_type_ids is None:
@@ -123,7 +123,7 @@ class LSGAlbertEmbeddings(nn.Module):
             text = text + self.position_embeddings(position_ids)
         return text
 
-    def finish(self, embeddings: Tensor) -> Tensor:
+    def normalize(self, embeddings: Tensor) -> Tensor:
         """Normalization and dropout."""
         return self.dropout(self.LayerNorm(embeddings))
 

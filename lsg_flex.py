@@ -41,7 +41,7 @@ def flex_attention_of_blocks(
             '`attn_implementation="flex_attention"` has no backward pass on the CPU: train with "sdpa", or run '
             "inference under `torch.no_grad()`."
         )
-    num_globals, num_text = keys.of_globals.shape[1] * keys.of_globals.shape[2], keys.of_text.shape[1]
+    num_globals, num_text = keys.globals.shape[1] * keys.globals.shape[2], keys.text.shape[1]
     sees = mask_of_keys(owner, row, num_globals, key.shape[1] - num_text, pattern)
     tiles = tiles_of_keys(row, num_globals, key.shape[1] - num_text, key.shape[1], pattern)
     mask = BlockMask.from_kv_blocks(*tiles, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(num_text, key.shape[1]))
@@ -70,8 +70,8 @@ def compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
 
 def list_keys(parts: KeyParts) -> Tensor:
     """All keys as one list [global | sparse | text], (H, R, ...)."""
-    sparse = [] if parts.of_sparse is None else [parts.of_sparse]
-    return torch.cat([parts.of_globals.flatten(1, 2), *sparse, parts.of_text], dim=1)
+    sparse = [] if parts.sparse is None else [parts.sparse]
+    return torch.cat([parts.globals.flatten(1, 2), *sparse, parts.text], dim=1)
 
 
 def mask_of_keys(

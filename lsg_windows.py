@@ -19,14 +19,14 @@ from .lsg_tracing import is_exported
 class KeyParts(NamedTuple):
     """What windows are cut from: the keys, their values, or the rows that they belong to."""
 
-    of_globals: Tensor  # (H, B, G, ...)
-    of_text: Tensor  # (H, T, ...)
-    of_sparse: Tensor | None  # (H, L, ...); None without a sparse part
+    globals: Tensor  # (H, B, G, ...)
+    text: Tensor  # (H, T, ...)
+    sparse: Tensor | None  # (H, L, ...); None without a sparse part
 
     def ranged(self, pattern: LSGPattern) -> list[tuple[Tensor, BlockRange]]:
         """The tokens that follow the global ones in a window, (H, L or T, ...), and which of them a block sees."""
-        sparse = [(self.of_sparse, where) for where in pattern.sparse_ranges]
-        return [*sparse, (self.of_text, pattern.text_range)]
+        sparse = [(self.sparse, where) for where in pattern.sparse_ranges]
+        return [*sparse, (self.text, pattern.text_range)]
 
 
 def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float = 0) -> Tensor:
@@ -42,7 +42,7 @@ def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float =
         (H, N, K, ...): the global tokens of the block's row, the sparse tokens on the left and on the right, and the
         text of the block and its neighbours.
     """
-    windows = [parts.of_globals[:, row]]
+    windows = [parts.globals[:, row]]
     for tokens, where in parts.ranged(pattern):
         windows.append(cut_windows(with_margins(tokens, where, fill), where, row.shape[0]))
     return torch.cat(windows, dim=2)

@@ -114,7 +114,7 @@ ConversionOptions.__doc__ = f"{ConversionOptions.__doc__}\n    Args:" + "".join(
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:
+def add_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Give a command all options of a conversion; returns the groups of its help by their titles."""
     groups = {title: parser.add_argument_group(title) for title in (CONVERSION, PATTERN, PLACES)}
     for option in fields(ConversionOptions):

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lsg_albert import lsg_chunks
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_attention import lsg_attention, lsg_attention_map
 from lsg_albert.lsg_pattern import LSGPattern
 from lsg_albert.lsg_softmax import attention_gradients, eager_attention, sdpa_attention, visibility_bias
@@ -13,7 +14,7 @@ from lsg_albert.lsg_sparsity import hash_projections
 from oracle import oracle_attention
 
 IMPLEMENTATIONS = ["eager", "sdpa"]  # "flex_attention" has tests of its own
-TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", None]
+TYPES = [None if name == "none" else name for name in SPARSITY_TYPES]
 
 
 def is_legal(sparsity_type, block, window, factor):

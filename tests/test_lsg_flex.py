@@ -5,12 +5,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from lsg_albert import lsg_flex
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_attention import lsg_attention
 from lsg_albert.modeling_lsg_albert import LSGAlbertModel
 from test_lsg_attention import cases, draw_projections
 from test_lsg_blocks import ragged_inputs
-
-KINDS = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_every_key_that_is_seen_is_in_a_tile_that_is_visited(case):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("sparsity_type", KINDS)
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_a_model_gives_what_it_gives_with_sdpa(uncompiled, tiny_config, sparsity_type):
     model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type)).eval()
     inputs = ragged_inputs()

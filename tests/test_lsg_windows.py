@@ -40,10 +40,10 @@ def test_windows_hold_the_slices_they_name(case):
     block, step, size, n = pattern.block_size, pattern.sparse_per_block, pattern.sparse_block_size, pattern.neighbours
     for i in range(len(row)):
         of_globals = [-5 if i < 3 else -6]
-        expected = [within(parts.of_text, (i - n) * block, (i + n + 1) * block)]
-        if parts.of_sparse is not None:
-            left = within(parts.of_sparse, (i - n) * step - size, (i - n) * step)
-            right = within(parts.of_sparse, (i + n + 1) * step, (i + n + 1) * step + size)
+        expected = [within(parts.text, (i - n) * block, (i + n + 1) * block)]
+        if parts.sparse is not None:
+            left = within(parts.sparse, (i - n) * step - size, (i - n) * step)
+            right = within(parts.sparse, (i + n + 1) * step, (i + n + 1) * step + size)
             expected = [left, right, *expected]
         assert whole[0, i].tolist() == sum(expected, of_globals)
         if chunk.blocks.start <= i < chunk.blocks.stop:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from oracle import lsh_buckets, oracle_attention, oracle_encoder
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "public"
@@ -34,7 +35,6 @@ CASES = [
     "pooling_embeds_len45_pad",
     "stride_b8s8f8_len80",
 ]
-SPARSE_TYPES = ["none", "norm", "lsh", "pooling", "stride", "block_stride", "bos_pooling"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,7 +85,7 @@ def settings(sparsity_type: str | None, factor: int = 2) -> dict:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-@pytest.mark.parametrize("sparsity_type", SPARSE_TYPES)
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_oracle_attention_map_is_a_distribution_over_visible_tokens(sparsity_type: str, factor: int) -> None:
     query, key, value, visible = attention_inputs(num_tokens=24)
     context, attention_map = oracle_attention(query, key, value, visible, **settings(sparsity_type, factor))
@@ -95,7 +95,7 @@ def test_oracle_attention_map_is_a_distribution_over_visible_tokens(sparsity_typ
     assert (attention_map[..., 2:].movedim(-1, 1)[~visible] == 0).all()
 
 
-@pytest.mark.parametrize("sparsity_type", SPARSE_TYPES)
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_oracle_attention_is_plain_attention_up_to_two_blocks(sparsity_type: str) -> None:
     query, key, value, visible = attention_inputs(num_tokens=8)
     context, _ = oracle_attention(query, key, value, visible, **settings(sparsity_type))
@@ -128,7 +128,7 @@ def test_oracle_attention_lsh_with_one_bucket_is_pooling() -> None:
     torch.testing.assert_close(lsh, pooling)
 
 
-@pytest.mark.parametrize("sparsity_type", SPARSE_TYPES)
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_oracle_attention_has_gradients(sparsity_type: str) -> None:
     query, key, value, visible = attention_inputs(num_tokens=12)
 
