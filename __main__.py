@@ -1,4 +1,5 @@
-"""The command line: `lsg-albert convert SOURCE TARGET`, also as `python -m lsg_albert convert SOURCE TARGET`."""
+"""The command line: `lsg-albert convert SOURCE TARGET` and `lsg-albert export-onnx MODEL FILE`, also as `python -m
+lsg_albert ...`."""
 
 import argparse
 import re
@@ -20,7 +21,8 @@ from .configuration_lsg_albert import LSGAlbertConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = vars(make_parser().parse_args(arguments))
-    del options["command"]
+    if options.pop("command") == "export-onnx":
+        return write_onnx(**options)
     report_file: Path | None = options.pop("report")
     repository, private = options.pop("push_to_hub"), options.pop("private")
     if not sys.stderr.isatty():
@@ -42,6 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted, nothing is written", file=sys.stderr)
         return 130
     print(report.text())
+    return 0
+
+
+def write_onnx(model: str, file: Path, architecture: str | None) -> int:
+    """Write an ONNX file; returns the exit code."""
+    from .onnx_export import export_onnx
+
+    try:
+        differences = export_onnx(model, file, architecture)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    for length, difference in differences.items():
+        print(f"{length:,} tokens: within {difference:.1e} of the model")
+    print(f"written: {file}")
     return 0
 
 
@@ -73,6 +90,16 @@ def make_parser() -> argparse.ArgumentParser:
         convert.add_argument_group("attention pattern, by default that of an LSG source, else as given")
     )
     add_place_options(convert.add_argument_group("reading and writing"))
+    onnx = commands.add_parser(
+        "export-onnx",
+        help="write the ONNX file of an LSG-ALBERT",
+        description="Write the ONNX file of an LSG-ALBERT, for texts of any length, and compare it with the model.",
+    )
+    onnx.add_argument("model", metavar="MODEL", help="a directory, or the name of a repository on the Hub")
+    onnx.add_argument("file", metavar="FILE", type=Path, help="to write or to replace")
+    onnx.add_argument(
+        "--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel; by default the model's"
+    )
     return parser
 
 
