@@ -1,9 +1,13 @@
-"""The command line: `lsg-albert convert SOURCE TARGET`, also as `python -m lsg_albert convert SOURCE TARGET`."""
+"""The command line: `lsg-albert convert SOURCE TARGET` and `lsg-albert export-onnx MODEL FILE`.
+
+`python -m lsg_albert` does the same. Commands import what they need: help and wrong arguments are answered at once.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .conversion.options import PLACES, add_options
@@ -13,19 +17,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     options = vars(make_parser().parse_args(arguments))
     del options["command"]
+    run = options.pop("run")
     try:
-        return convert(**options)
+        run(**options)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted, nothing is written", file=sys.stderr)
         return 130
+    return 0
 
 
-def convert(report: Path | None, push_to_hub: str | None, private: bool, **options) -> int:
+def convert(report: Path | None, push_to_hub: str | None, private: bool, **options: Any) -> None:
     """Convert a checkpoint and print the report."""
-    # Only here, as it takes seconds: help and wrong arguments are answered before.
     from huggingface_hub.utils import disable_progress_bars
 
     from .conversion.convert import convert_checkpoint, push
@@ -42,7 +47,6 @@ def convert(report: Path | None, push_to_hub: str | None, private: bool, **optio
         if report is not None:
             done.save(report)
     print(done.text())
-    return 0
 
 
 def check_writable(report_file: Path, target: Path) -> None:
@@ -52,20 +56,41 @@ def check_writable(report_file: Path, target: Path) -> None:
             pass
 
 
+def export_onnx(model: str, file: Path, architecture: str | None) -> None:
+    """Write an ONNX file and print how far it is from the model."""
+    from . import onnx_export
+
+    for length, difference in onnx_export.export_onnx(model, file, architecture).items():
+        print(f"{length:,} tokens: within {difference:.1e} of the model")
+    print(f"written: {file}")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser("lsg-albert", description="LSG-ALBERT: ALBERT for long documents.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser(
+    conversion = commands.add_parser(
         "convert",
         help="make an LSG-ALBERT from an ALBERT",
         description="Make an LSG-ALBERT from an ALBERT checkpoint.",
     )
-    convert.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
-    convert.add_argument("target", metavar="TARGET", help="the directory to make")
-    groups = add_options(convert)
+    conversion.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
+    conversion.add_argument("target", metavar="TARGET", help="the directory to make")
+    groups = add_options(conversion)
     groups[PLACES].add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON too")
+    conversion.set_defaults(run=convert)
+    onnx = commands.add_parser(
+        "export-onnx",
+        help="write the ONNX file of an LSG-ALBERT",
+        description="Write the ONNX file of an LSG-ALBERT, for texts of any length, and compare it with the model.",
+    )
+    onnx.add_argument("model", metavar="MODEL", help="a directory, or the name of a repository on the Hub")
+    onnx.add_argument("file", metavar="FILE", type=Path, help="the file to write, or to replace")
+    onnx.add_argument(
+        "--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel; by default the model's"
+    )
+    onnx.set_defaults(run=export_onnx)
     return parser
 
 

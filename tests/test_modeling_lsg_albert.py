@@ -750,38 +750,6 @@ def test_what_is_not_asked_for_is_not_kept(tiny_config):
     assert model(**random_inputs(), output_hidden_states=False).hidden_states is None
 
 
-@pytest.mark.parametrize("sparsity_type", TYPES)
-def test_exports_with_torch_export(tiny_config, sparsity_type):
-    model = LSGAlbertForMaskedLM(tiny_config(sparsity_type=sparsity_type)).eval()
-    inputs = random_inputs()
-    exported = torch.export.export(model, (), inputs, strict=False).module()
-    for _ in range(2):
-        torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
-
-
-@torch.no_grad()
-def test_an_export_with_a_dynamic_length_holds_for_other_lengths(tiny_config):
-    model = LSGAlbertModel(tiny_config(num_hidden_layers=1)).eval()
-    shapes = {name: {1: torch.export.Dim.AUTO} for name in random_inputs()}
-    exported = torch.export.export(model, (), random_inputs(length=64), dynamic_shapes=shapes, strict=False).module()
-    for length in (32, 64, 120):
-        inputs = random_inputs(length=length)
-        torch.testing.assert_close(exported(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
-
-
-@torch.no_grad()
-def test_a_saved_trace_holds_for_other_masks_than_its_example(tiny_config, tmp_path):
-    model = LSGAlbertModel(tiny_config(max_position_embeddings=64)).eval()
-    input_ids, mask = torch.randint(5, 99, (1, 64)), torch.ones(1, 64, dtype=torch.long)
-    short = mask.clone()
-    short[:, 20:] = 0
-    torch.jit.trace(model, (input_ids, short), strict=False).save(tmp_path / "traced.pt")
-    traced = torch.jit.load(tmp_path / "traced.pt")
-    for attention_mask in (short, mask):
-        expected = model(input_ids, attention_mask).last_hidden_state
-        torch.testing.assert_close(traced(input_ids, attention_mask)["last_hidden_state"], expected)
-
-
 @pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh"])
 def test_fused_activation_is_the_plain_one_and_steps_aside_for_a_hook(tiny_config, hidden_act):
     """With gradients, or with somebody who listens to the linear layer, the plain modules run."""
