@@ -19,9 +19,11 @@ from conftest import ROOT
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM, LSGAlbertModel, onnx_export
 from lsg_albert.__main__ import main
-from lsg_albert.lsg_sparsity import LSGPattern, select_sparse_tokens
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
+from lsg_albert.lsg_pattern import LSGPattern
+from lsg_albert.lsg_sparsity import select_sparse_tokens
 
-TYPES = ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"]
+TYPES = SPARSITY_TYPES
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 LENGTHS = (1, 2, 5, 8, 9, 15, 16, 17, 23, 24, 25, 64, 100, 176)  # in blocks of 8
 ROOT_LENGTHS = (1, 5, 100, 128, 129, 200, 256, 257, 300, 384, 1000, 4095, 4096)  # in blocks of 128
