@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -103,10 +102,3 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield str(row.get("id", f"{path.name}:{number}")), row["text"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f'{path}, line {number}: not a JSON object with a "text" field ({error})') from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that no reader, and no kill in between, ever sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -26,10 +26,11 @@ import transformers
 from torch import Tensor
 from transformers import AlbertForMaskedLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from pretraining.corpus import CorpusError, read_ids, write_atomically
+from pretraining.corpus import CorpusError, read_ids
 from pretraining.masking import IGNORED, Masker
 from pretraining.pretrain_mlm import masked_lm_forward, score
 from pretraining.token_cache import TokenizedDocuments, load_tokens
+from pretraining.training_support import write_atomically
 
 PIECES = (8, 4, 2, 1)  # that a segment is cut into
 SPECIAL = 2  # [CLS] and [SEP] around each piece

@@ -45,10 +45,11 @@ from transformers import (
 )
 from transformers.utils.versions import require_version
 
-from pretraining.corpus import CorpusError, is_drawn, read_ids, write_atomically
+from pretraining.corpus import CorpusError, is_drawn, read_ids
 from pretraining.initial_weights import POSITION_DIMS, extend_positions, look_at_neighbours, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
+from pretraining.training_support import Arguments, MarkComplete, last_checkpoint, write_atomically
 from pretraining.word_vectors import set_word_embeddings
 
 
@@ -227,19 +228,13 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, **kwargs):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
         model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
-        super().__init__(model=model, **kwargs)
+        super().__init__(model=model, callbacks=[MarkComplete()], **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) == 2:
             keep_one_bias(model)
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(Progress())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for the other processes, whose random states belong to a checkpoint too: it counts as complete as soon
-        as the first one writes ``trainer_state.json``, which it does after this."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
@@ -254,7 +249,7 @@ class MaskedLMTrainer(Trainer):
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
             with self.accelerator.autocast():
-                outputs = self.model(**self._prepare_inputs(batch))
+                outputs = self.model(**{name: each.to(self.args.device) for name, each in batch.items()})
             sums += score(outputs["logits"], outputs["targets"])
         sums = self.accelerator.reduce(sums, reduction="sum")
         loss, top1, top5 = (sums[:3] / sums[3]).tolist()
@@ -319,28 +314,6 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     if args.neighbour_heads:
         look_at_neighbours(model)
     return model
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none, or half."""
-    found = output.glob("checkpoint-*/trainer_state.json")
-    for path in sorted(found, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-            return str(path.parent)
-        except json.JSONDecodeError:  # killed while it was written
-            continue
-    return None
-
-
-class Arguments(TrainingArguments):
-    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
-    which PyTorch cannot load anything."""
-
-    @property
-    def device(self) -> torch.device:
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:

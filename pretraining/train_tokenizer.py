@@ -21,7 +21,8 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pretraining.corpus import CorpusError, read_documents, read_ids, write_atomically
+from pretraining.corpus import CorpusError, read_documents, read_ids
+from pretraining.training_support import write_atomically
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # the position is the id, as in ALBERT
 BOUNDARY = "\t"  # no piece may reach across it in training; never occurs in normalized text
