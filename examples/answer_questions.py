@@ -16,6 +16,7 @@ import json
 import re
 import string
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,42 +46,64 @@ class Options:
     patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
 
 
+def clean(text: str) -> str:
+    """No tokenizer takes half of a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def load(source: str, options: Options) -> list[dict]:
-    """Questions with their documents and answers, which are checked to be where they are said to be."""
+    """Questions, each with its document and its answers, which are where they are said to be."""
     if source.lower().endswith((".jsonl", ".json", ".gz")):
         with (gzip.open if source.lower().endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
+            rows = [line for line in file if line.strip()]
     else:
         rows = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
     questions = []
     for number, row in enumerate(rows, start=1):
-        context = row.get(options.context_field)
-        for qa in row.get("qas", [row]):
-            answers = qa.get("answers")
-            if isinstance(answers, dict):  # of lists, as on the Hub
-                answers = [
-                    {"text": t, "answer_start": s}
-                    for t, s in zip(*(answers[k] for k in ("text", "answer_start")), strict=True)
-                ]
-            if (
-                not isinstance(context, str)
-                or not isinstance(qa.get("question"), str)
-                or not isinstance(answers, list)
-            ):
-                sys.exit(
-                    f'{source}, row {number}: a "{options.context_field}", a "question" and a list of "answers" are wanted'
-                )
-            for answer in answers:
-                begin = answer["answer_start"]
-                if not answer["text"] or context[begin : begin + len(answer["text"])] != answer["text"]:
-                    sys.exit(
-                        f"{source}, row {number}: at {begin} the document has {context[begin : begin + 20]!r}, not {answer['text']!r}"
-                    )
-            if answers or not options.answerable_only:
-                questions.append(
-                    {"document": number, "context": context, "question": qa["question"], "answers": answers}
-                )
-    return questions
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            context = clean(row[options.context_field])
+            for qa in row.get("qas", [row]):
+                answers = qa["answers"]
+                if isinstance(answers, dict):  # of lists, as on the Hub
+                    pairs = zip(answers["text"], answers["answer_start"], strict=True)
+                    answers = [{"text": text, "answer_start": start} for text, start in pairs]
+                answers = [answer | {"text": clean(answer["text"])} for answer in answers]
+                for answer in answers:
+                    if not answer["text"] or not context.startswith(answer["text"], answer["answer_start"]):
+                        raise ValueError(f"the document does not have the answer {answer} where it says")
+                if answers or not options.answerable_only:
+                    question = clean(qa["question"])
+                    found = {"document": number, "context": context, "question": question, "answers": answers}
+                    questions.append(found)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            sys.exit(f"{source}, row {number}: no document with questions and answers ({error!r})")
+    return questions or sys.exit(f"{source}: no questions")
+
+
+def encode(row: dict, tokenizer, length: int) -> tuple[dict, list[tuple[int, int] | None], int]:
+    """The tokens of question and document, the characters of the document that each stands for (None of the question),
+    and how many characters were read."""
+    pair = row["question"], row["context"]
+    found = tokenizer(*pair, truncation="only_second", max_length=length, return_offsets_mapping=True)
+    offsets = zip(found.pop("offset_mapping"), found.sequence_ids(), strict=True)
+    spans = [characters if sequence == 1 else None for characters, sequence in offsets]
+    is_cut = len(spans) == length
+    return dict(found), spans, max((span[1] for span in spans if span), default=0) if is_cut else len(row["context"])
+
+
+def answer_tokens(answer: dict, spans: list[tuple[int, int] | None], stop: int) -> tuple[int, int] | None:
+    """The first and the last token of an answer, None if it was not read to its end."""
+    begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+    inside = [i for i, span in enumerate(spans) if span and span[0] < end and span[1] > begin]
+    return (inside[0], inside[-1]) if inside and end <= stop else None
+
+
+def answer_text(context: str, begin: int, end: int) -> str:
+    """These characters as they were written: an accent that is a character of its own belongs to no token."""
+    while end < len(context) and unicodedata.combining(context[end]):
+        end += 1
+    return context[begin:end].strip()
 
 
 def words(text: str) -> list[str]:
@@ -142,29 +165,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     length = options.max_length or model.config.max_position_embeddings
 
-    def encode(row: dict):
-        """The tokens, and by position the characters of the document that a token stands for, None elsewhere."""
-        pair = row["question"], row["context"]
-        found = tokenizer(*pair, truncation="only_second", max_length=length, return_offsets_mapping=True)
-        offsets = zip(found.pop("offset_mapping"), found.sequence_ids(), strict=True)
-        return dict(found), [characters if sequence == 1 else None for characters, sequence in offsets]
-
     def learnable(rows: list[dict]) -> Dataset:
-        """The questions, with the tokens of the first answer that was read whole, or [CLS] where there is none."""
+        """The questions, with the tokens of the first answer that was read, or [CLS] where there is none."""
         features = []
         for row in rows:
-            inputs, spans = encode(row)
-            targets = [] if row["answers"] else [(0, 0)]
-            for answer in row["answers"]:
-                begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
-                inside = [i for i, span in enumerate(spans) if span and span[0] < end and span[1] > begin]
-                if inside and spans[inside[-1]][1] >= end:
-                    targets.append((inside[0], inside[-1]))
-            if targets:
-                features.append({**inputs, "start_positions": targets[0][0], "end_positions": targets[0][1]})
-        print(
-            f"{len(features)} of {len(rows)} questions are used; the answers of the others are beyond {length} tokens"
-        )
+            inputs, spans, stop = encode(row, tokenizer, length)
+            found = [answer_tokens(answer, spans, stop) for answer in row["answers"]] or [(0, 0)]
+            for start, end in [pair for pair in found if pair][:1]:
+                features.append(inputs | {"start_positions": start, "end_positions": end})
+        print(f"{len(features)} of {len(rows)} questions; the answers to the others are beyond {length} tokens")
         return Dataset.from_list(features)
 
     trainer = transformers.Trainer(
@@ -180,14 +189,14 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     tokenizer.save_pretrained(output)
 
-    read = [encode(row) for row in test]
-    result = trainer.predict(Dataset.from_list([inputs for inputs, _ in read]))
+    read = [encode(row, tokenizer, length) for row in test]
+    result = trainer.predict(Dataset.from_list([inputs for inputs, _, _ in read]))
     may_be_none = not all(row["answers"] for row in train)
     predicted = []
-    for row, (_, spans), starts, ends in zip(test, read, *result.predictions, strict=True):
+    for row, (_, spans, _), starts, ends in zip(test, read, *result.predictions, strict=True):
         inside = [i for i, span in enumerate(spans) if span]
         score, first, last = best_span(starts[inside], ends[inside], options.max_answer_length)
-        text = row["context"][spans[inside[first]][0] : spans[inside[last]][1]].strip()
+        text = answer_text(row["context"], spans[inside[first]][0], spans[inside[last]][1]) if inside else None
         predicted.append(None if may_be_none and starts[0] + ends[0] > score else text)
     references = [[answer["text"] for answer in row["answers"]] for row in test]
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}

@@ -55,7 +55,10 @@ def read(source: str, label_field: str) -> list[tuple[str, dict | str]]:
         table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
-        return [(f"line {table.line_num}", row) for row in table]
+        try:
+            return [(f"line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            sys.exit(f"{source}, line {table.line_num}: {error}")
 
 
 def load(source: str, options: Options) -> list[dict]:
@@ -80,7 +83,7 @@ def load(source: str, options: Options) -> list[dict]:
         if isinstance(label, str) and label[0] + label[-1] == "[]":
             sys.exit(f"{source}, {place}: {label} would be a single label; lists of labels need JSON lines")
         rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
-    return rows
+    return rows or sys.exit(f"{source}: no rows")
 
 
 def main(argv: list[str] | None = None) -> None:

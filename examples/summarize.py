@@ -57,7 +57,10 @@ def read(source: str) -> list[tuple[str, dict | str]]:
         table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
-        return [(f"line {table.line_num}", row) for row in table]
+        try:
+            return [(f"line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            sys.exit(f"{source}, line {table.line_num}: {error}")
 
 
 def load(source: str, options: Options) -> list[dict]:
@@ -74,7 +77,7 @@ def load(source: str, options: Options) -> list[dict]:
             hint = "none may be empty, and a field with commas has to be in double quotes"
             sys.exit(f"{source}, {place}: not a document and a summary; {hint}")
         rows.append({"document": pair[0], "summary": pair[1]})
-    return rows
+    return rows or sys.exit(f"{source}: no rows")
 
 
 def scores(references: list[str], predictions: list[str]) -> dict[str, float]:

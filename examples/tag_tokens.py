@@ -64,7 +64,7 @@ def load(source: str, options: Options) -> list[dict]:
         if not 0 < len(words) == len(tags):
             sys.exit(f"{source}, {place}: {len(words)} words and {len(tags)} tags; each word needs a tag")
         rows.append({"words": words, "tags": tags})
-    return rows
+    return rows or sys.exit(f"{source}: no rows")
 
 
 def entities(tags: list[str]) -> list[tuple[int, int, str]]:
