@@ -33,9 +33,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 class Options:
     train: str = HfArg(help="file (.jsonl, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)")
     test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(
-        default=None, help="the same, to choose the best epoch by; None: a tenth of --train"
-    )
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     context_field: str = HfArg(default="context", help="name of the document in a row")
     answerable_only: bool = HfArg(default=False, help="leave out questions without an answer")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
@@ -112,16 +110,16 @@ def words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def f1(made: list[str], wanted: list[str]) -> float:
-    common = (Counter(made) & Counter(wanted)).total()
-    return 2 * common / (len(made) + len(wanted)) if made and wanted else float(made == wanted)
+def f1(made: list[str] | None, wanted: list[str] | None) -> float:
+    if not made or not wanted:
+        return float(made == wanted)
+    return 2 * (Counter(made) & Counter(wanted)).total() / (len(made) + len(wanted))
 
 
 def scores(references: list[list[str]], predictions: list[str | None]) -> dict[str, float]:
     """Exact match and F1 of words, by the answer that fits best; None is right where there is no answer."""
-    pairs = [
-        (words(made or ""), [*map(words, texts)] or [[]]) for texts, made in zip(references, predictions, strict=True)
-    ]
+    found = [None if made is None else words(made) for made in predictions]
+    pairs = list(zip(found, ([*map(words, texts)] or [None] for texts in references), strict=True))
     exact = [made in texts for made, texts in pairs]
     overlap = [max(f1(made, text) for text in texts) for made, texts in pairs]
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
@@ -130,9 +128,8 @@ def scores(references: list[list[str]], predictions: list[str | None]) -> dict[s
 def best_span(starts: np.ndarray, ends: np.ndarray, longest: int) -> tuple[float, int, int]:
     """The highest sum of a first and a last token's score, and these tokens."""
     sums = [starts[: len(starts) - more] + ends[more:] for more in range(min(longest, len(starts)))]
-    return max(
-        (float(found.max()), int(found.argmax()), int(found.argmax()) + more) for more, found in enumerate(sums)
-    )
+    best = [(float(found.max()), int(found.argmax()), int(found.argmax()) + more) for more, found in enumerate(sums)]
+    return max(best, default=(-np.inf, 0, 0))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,14 +152,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         validation = load(options.validation, options)
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    checkpoint = str(saved[-1].parent) if saved else None  # the Trainer writes that file last
+    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
+    checkpoint = saved[-1] if saved else None
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(
-        checkpoint or options.model, trust_remote_code=True
-    )
+    path = checkpoint or options.model
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(path, trust_remote_code=True)
     length = options.max_length or model.config.max_position_embeddings
 
     def learnable(rows: list[dict]) -> Dataset:
@@ -201,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     references = [[answer["text"] for answer in row["answers"]] for row in test]
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
     columns = {"document": [row["document"] for row in test], "reference": references, "prediction": predicted}
-    Dataset.from_dict(columns).to_json(output / "predictions.jsonl")
+    if trainer.is_world_process_zero():
+        Dataset.from_dict(columns).to_json(output / "predictions.jsonl")
     trainer.log_metrics("test", metrics)
     trainer.save_metrics("test", metrics, combined=False)
 

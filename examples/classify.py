@@ -30,9 +30,7 @@ class Options:
         help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
     )
     test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(
-        default=None, help="the same, to choose the best epoch by; None: a tenth of --train"
-    )
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     text_field: str = HfArg(default="text", help="name of the text in a row")
     label_field: str = HfArg(default="label", help="name of the label, or of the list of labels, in a row")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
@@ -67,19 +65,15 @@ def load(source: str, options: Options) -> list[dict]:
     for place, row in read(source, options.label_field):
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            text, label = (
-                row[options.text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-                row[options.label_field],
-            )
+            text, label = row[options.text_field], row[options.label_field]
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             sys.exit(f"{source}, {place}: no row of a text and a label ({error!r})")
         labels = label if isinstance(label, list) else [label]
         if None in row:
             sys.exit(f"{source}, {place}: more fields than line 1 has; a field with commas has to be in double quotes")
         if not all(isinstance(each, str | int) and each != "" for each in labels) or len(set(labels)) < len(labels):
-            sys.exit(
-                f"{source}, {place}: {label!r} is not a label, nor a list of labels (strings, integers), each once"
-            )
+            sys.exit(f"{source}, {place}: {label!r} is not a label (string, integer), nor a list of them, each once")
         if isinstance(label, str) and label[0] + label[-1] == "[]":
             sys.exit(f"{source}, {place}: {label} would be a single label; lists of labels need JSON lines")
         rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
@@ -89,8 +83,8 @@ def load(source: str, options: Options) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
     parser.set_defaults(
-        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="macro_f1",
-        restore_callback_states_from_checkpoint=True, learning_rate=1e-4, per_device_train_batch_size=4,
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="macro_f1", restore_callback_states_from_checkpoint=True, learning_rate=1e-4, per_device_train_batch_size=4,
         per_device_eval_batch_size=4, logging_steps=10, report_to="none",
     )  # fmt: skip
     options, training = parser.parse_args_into_dataclasses(argv)
@@ -99,18 +93,17 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"already done: {output} (another run needs another --output_dir)")
 
     train, test = load(options.train, options), load(options.test, options)
-    if options.validation is None:
-        train, validation = train_test_split(train, test_size=0.1, random_state=0)
-    else:
-        validation = load(options.validation, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
     labels = [row["label"] for row in train + validation + test]
     several = isinstance(labels[0], list)
     names = sorted({name for label in labels for name in (label if isinstance(label, list) else [label])})
     if len({type(label) for label in labels}) > 1 or len(names) < 2 or (several and names == ["0", "1"]):
         sys.exit(f"two labels or more are wanted, a list in each row or in none, no vectors of 0 and 1; found {names}")
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    checkpoint = str(saved[-1].parent) if saved else None  # the Trainer writes that file last
+    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
+    checkpoint = saved[-1] if saved else None
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
@@ -129,9 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         f1 = f1_score(found.label_ids, found.predictions, average="macro", zero_division=0)
         return {"accuracy": accuracy_score(found.label_ids, found.predictions), "macro_f1": f1}
 
-    data = [
-        Dataset.from_list(rows).map(encode, remove_columns=["text", "label"]) for rows in (train, validation, test)
-    ]
+    splits = train, validation, test
+    data = [Dataset.from_list(rows).map(encode, remove_columns=["text", "label"]) for rows in splits]
     cut = sum(len(ids) >= length for ids in data[0]["input_ids"])
     print(f"{len(train)} rows to train on, {cut} of them cut at {length} tokens; labels: {', '.join(names)}")
     trainer = transformers.Trainer(
@@ -153,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         print("warning: the model predicts the same for every text: train longer, or with another --learning_rate")
     predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
     pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
-    pairs.to_json(output / "predictions.jsonl")
+    if trainer.is_world_process_zero():
+        pairs.to_json(output / "predictions.jsonl")
     trainer.log_metrics("test", result.metrics)
     trainer.save_metrics("test", result.metrics, combined=False)
 

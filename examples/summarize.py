@@ -31,9 +31,7 @@ class Options:
         help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
     )
     test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(
-        default=None, help="the same, to choose the best epoch by; None: a tenth of --train"
-    )
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     document_field: str = HfArg(default="document", help="name of the document in a row")
     summary_field: str = HfArg(default="summary", help="name of the summary in a row")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
@@ -100,13 +98,12 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"already done: {output} (another run needs another --output_dir)")
 
     train, test = load(options.train, options), load(options.test, options)
-    if options.validation is None:
-        train, validation = train_test_split(train, test_size=0.1, random_state=0)
-    else:
-        validation = load(options.validation, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    checkpoint = str(saved[-1].parent) if saved else None  # the Trainer writes that file last
+    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
+    checkpoint = saved[-1] if saved else None
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new cross-attention
@@ -149,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
     if len(set(predicted)) == 1 < len(predicted):
         print("warning: the model writes the same for every document: train longer, or with another --learning_rate")
-    Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
+    if trainer.is_world_process_zero():
+        Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
     trainer.log_metrics("test", metrics)
     trainer.save_metrics("test", metrics, combined=False)
 

@@ -28,9 +28,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 class Options:
     train: str = HfArg(help="file (.jsonl, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)")
     test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(
-        default=None, help="the same, to choose the best epoch by; None: a tenth of --train"
-    )
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     tokens_field: str = HfArg(default="tokens", help="name of the list of words in a row")
     tags_field: str = HfArg(default="tags", help="name of the list of tags in a row")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
@@ -48,16 +46,14 @@ def load(source: str, options: Options) -> list[dict]:
         data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
         to_names = getattr(getattr(data.features[options.tags_field], "feature", None), "int2str", list)
         found = [
-            (f"row {i}", {**row, options.tags_field: to_names(row[options.tags_field])}) for i, row in enumerate(data)
+            (f"row {i}", row | {options.tags_field: to_names(row[options.tags_field])}) for i, row in enumerate(data)
         ]
     rows = []
     for place, row in found:
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            words = [
-                word.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                for word in row[options.tokens_field]
-            ]
+            words = [word.encode("utf-16", "surrogatepass") for word in row[options.tokens_field]]
+            words = [word.decode("utf-16", "replace") for word in words]  # halves of surrogate pairs are no text
             tags = [re.fullmatch("O|[BI]-.+", tag).group() for tag in row[options.tags_field]]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             sys.exit(f"{source}, {place}: not a list of words and one of tags (O, B-TYPE, I-TYPE): {error!r}")
@@ -105,15 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"already done: {output} (another run needs another --output_dir)")
 
     train, test = load(options.train, options), load(options.test, options)
-    if options.validation is None:
-        train, validation = train_test_split(train, test_size=0.1, random_state=0)
-    else:
-        validation = load(options.validation, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
     types = sorted({tag[2:] for row in train + validation + test for tag in row["tags"] if tag != "O"})
     names = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    checkpoint = str(saved[-1].parent) if saved else None  # the Trainer writes that file last
+    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
+    checkpoint = saved[-1] if saved else None
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
@@ -162,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     references = [row["tags"] for row in test]
     if not any(map(entities, predicted)):
         print("warning: the model finds no entity at all: train longer, or with another --learning_rate")
-    Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
+    if trainer.is_world_process_zero():
+        Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
     trainer.log_metrics("test", metrics)
     trainer.save_metrics("test", metrics, combined=False)

@@ -289,7 +289,10 @@ def test_exact_match_and_f1_by_hand(prediction, answer, exact, f1):
 def test_the_answer_that_fits_best_counts_and_none_is_an_answer():
     assert answer_questions.scores([["May", "June 1900"]], ["June"])["f1"] == pytest.approx(2 / 3)
     assert answer_questions.scores([["May"], []], [None, None]) == {"exact_match": 0.5, "f1": 0.5}
-    assert answer_questions.scores([[]], ["May"]) == {"exact_match": 0, "f1": 0}
+    assert (
+        answer_questions.scores([[]], ["May"]) == answer_questions.scores([[]], ["the"]) == {"exact_match": 0, "f1": 0}
+    )
+    assert answer_questions.scores([["May"]], [None]) == {"exact_match": 0, "f1": 0}
 
 
 @settings(deadline=None)
