@@ -152,9 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         validation = load(options.validation, options)
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
-    checkpoint = saved[-1] if saved else None
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head

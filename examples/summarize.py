@@ -10,6 +10,7 @@ is started again. Needs `pip install ".[summarization]"`.
 """
 
 import csv
+import functools
 import gzip
 import json
 import sys
@@ -23,6 +24,9 @@ from datasets import Dataset, load_dataset
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.model_selection import train_test_split
 from transformers.hf_argparser import HfArg, HfArgumentParser
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+rouge = functools.cache(RougeScorer(ROUGE, use_stemmer=True).score)  # a study scores the same pairs many times
 
 
 @dataclass
@@ -80,9 +84,8 @@ def load(source: str, options: Options) -> list[dict]:
 
 def scores(references: list[str], predictions: list[str]) -> dict[str, float]:
     """F-measures of ROUGE, with stemming."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    found = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
-    return {name: float(np.mean([each[name].fmeasure for each in found])) for name in ("rouge1", "rouge2", "rougeL")}
+    found = [rouge(*pair) for pair in zip(references, predictions, strict=True)]
+    return {name: float(np.mean([each[name].fmeasure for each in found])) for name in ROUGE}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,27 +104,22 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load(options.validation, options) if options.validation else None
     train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
-    checkpoint = saved[-1] if saved else None
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new cross-attention
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint or options.model, trust_remote_code=True)
-    model.generation_config.update(
-        max_length=options.max_target_length + 1,  # with the token that the decoder starts from
-        num_beams=options.beams,
-        no_repeat_ngram_size=options.no_repeat_ngrams,
-    )
+    longest = options.max_target_length + 1  # with the token that the decoder starts from
+    search = {"num_beams": options.beams, "no_repeat_ngram_size": options.no_repeat_ngrams}
+    model.generation_config.update(max_length=longest, **search)
     length = options.max_length or model.config.max_position_embeddings
 
     def encode(row: dict) -> dict:
         """Labels without [CLS], which the decoder starts from, but with [SEP], which ends a summary."""
         inputs = tokenizer(row["document"], truncation=True, max_length=length, return_token_type_ids=False)
-        labels = tokenizer(
-            row["summary"], add_special_tokens=False, truncation=True, max_length=options.max_target_length - 1
-        )
-        return {**inputs, "labels": [*labels["input_ids"], tokenizer.sep_token_id]}
+        labels = tokenizer(row["summary"], truncation=True, max_length=longest)["input_ids"][1:]
+        return {**inputs, "labels": labels}
 
     data = [Dataset.from_list(rows).map(encode, remove_columns=list(rows[0])) for rows in (train, validation, test)]
     cut = sum(len(ids) >= length for ids in data[0]["input_ids"])

@@ -45,9 +45,8 @@ def load(source: str, options: Options) -> list[dict]:
     else:
         data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
         to_names = getattr(getattr(data.features[options.tags_field], "feature", None), "int2str", list)
-        found = [
-            (f"row {i}", row | {options.tags_field: to_names(row[options.tags_field])}) for i, row in enumerate(data)
-        ]
+        rows = [row | {options.tags_field: to_names(row[options.tags_field])} for row in data]
+        found = [(f"row {i}", row) for i, row in enumerate(rows)]
     rows = []
     for place, row in found:
         try:
@@ -76,9 +75,8 @@ def entities(tags: list[str]) -> list[tuple[int, int, str]]:
 
 def scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
     """Precision, recall and F1 of entities, whose words and type have to be right: of all, and of each type."""
-    gold, made = (
-        {(i, *each) for i, tags in enumerate(rows) for each in entities(tags)} for rows in (references, predictions)
-    )
+    pair = references, predictions
+    gold, made = ({(i, *each) for i, tags in enumerate(rows) for each in entities(tags)} for rows in pair)
     result = {}
     for kind in ["", *sorted({each[-1] for each in gold | made})]:
         wanted, found = ({each for each in group if kind in ("", each[-1])} for group in (gold, made))
@@ -104,11 +102,12 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load(options.validation, options) if options.validation else None
     train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
     types = sorted({tag[2:] for row in train + validation + test for tag in row["tags"] if tag != "O"})
+    if not types:
+        sys.exit("no row has an entity: all tags are O, and some are to be B-TYPE and I-TYPE")
     names = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
-    saved = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    saved = [str(path.parent) for path in saved if path.read_text().endswith("}\n")]  # the Trainer writes it last
-    checkpoint = saved[-1] if saved else None
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
     print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head

@@ -31,23 +31,14 @@ def classify(
     texts = [[row["text"] for row in rows] for rows in (train, test)]
 
     def decode(made) -> list:
-        return (
-            [list(labels) for labels in encoder.inverse_transform(made)]
-            if several
-            else encoder.inverse_transform(made).tolist()
-        )
+        return [list(each) if several else str(each) for each in encoder.inverse_transform(made)]
 
-    found = {
-        "most frequent label": decode(
-            DummyClassifier(strategy="most_frequent").fit(texts[0], encoded).predict(texts[1])
-        )
-    }
+    dummy = DummyClassifier(strategy="most_frequent").fit(texts[0], encoded)
+    found = {"most frequent label": decode(dummy.predict(texts[1]))}
     for length in [*lengths, None]:
         read = texts if length is None else [cut_texts(each, tokenizer, length) for each in texts]
-        machine = LinearSVC(random_state=0)
-        pipeline = make_pipeline(
-            TfidfVectorizer(sublinear_tf=True), OneVsRestClassifier(machine) if several else machine
-        )
+        machine = OneVsRestClassifier(LinearSVC(random_state=0)) if several else LinearSVC(random_state=0)
+        pipeline = make_pipeline(TfidfVectorizer(sublinear_tf=True), machine)
         name = "whole text" if length is None else f"{length:,} tokens"
         found[f"TF-IDF + linear SVM, {name}"] = decode(pipeline.fit(read[0], encoded).predict(read[1]))
     return found

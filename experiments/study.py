@@ -90,93 +90,83 @@ def columns(lines: Sequence[dict]) -> tuple[list, list]:
 
 
 def summarize(runs: dict[str, list[dict]], score: Callable[[list, list], dict[str, float]]) -> dict[str, dict]:
-    """Of each score of a system its mean over the seeds, each seed's value, and a spread: that of the seeds (standard
-    deviation) where there are several, else the bootstrap interval over the test documents."""
+    """Of each score of a system its mean over the seeds, each seed's value, and their standard deviation or, of a single
+    one, the bootstrap interval over the test documents."""
     by_seed = {seed: score(*columns(lines)) for seed, lines in runs.items()}
-    low_high = intervals(next(iter(runs.values())), score) if len(runs) == 1 else {}
+    spread = intervals(next(iter(runs.values())), score) if len(runs) == 1 else {}
     summary = {}
-    for name in next(iter(by_seed.values())):
+    for name in dict.fromkeys(name for found in by_seed.values() for name in found):
         values = {seed: found.get(name, 0.0) for seed, found in by_seed.items()}
         deviation = float(np.std([*values.values()], ddof=1)) if len(values) > 1 else None
-        summary[name] = {"mean": float(np.mean([*values.values()])), "deviation": deviation, "seeds": values}
-        summary[name]["interval"] = low_high.get(name)
+        mean = float(np.mean([*values.values()]))
+        summary[name] = {"mean": mean, "deviation": deviation, "interval": spread.get(name), "seeds": values}
     return summary
 
 
+def format_cell(found: dict | None) -> str:
+    """A score in percent: with its interval, or as mean ± standard deviation and each seed's value."""
+    if found is None:
+        return ""
+    if found["interval"]:
+        return "{:.1f} ({:.1f}-{:.1f})".format(*(100 * value for value in (found["mean"], *found["interval"])))
+    each = ", ".join(f"{100 * value:.1f}" for value in found["seeds"].values())
+    return f"{100 * found['mean']:.1f} ± {100 * found['deviation']:.1f} ({each})"
+
+
 def format_table(results: dict) -> str:
-    """The results as Markdown, in percent."""
+    """The results as Markdown."""
     systems = results["systems"]
     lines = ["| score | " + " | ".join(systems) + " |", "| --- " * (1 + len(systems)) + "|"]
     for name in dict.fromkeys(name for scores in systems.values() for name in scores):
-        cells = []
-        for scores in systems.values():
-            found = scores.get(name, {"mean": 0.0, "deviation": None, "seeds": {}, "interval": [0.0, 0.0]})
-            if found["deviation"] is None:
-                cells.append(
-                    "{:.1f} ({:.1f}-{:.1f})".format(*(100 * value for value in (found["mean"], *found["interval"])))
-                )
-            else:
-                each = ", ".join(f"{100 * value:.1f}" for value in found["seeds"].values())
-                cells.append(f"{100 * found['mean']:.1f} ± {100 * found['deviation']:.1f} ({each})")
+        cells = [format_cell(scores.get(name)) for scores in systems.values()]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{results['lines']:,} test rows, in percent; 95 % bootstrap intervals over documents, or of several seeds",
-    ]
-    lines += [
-        "mean ± standard deviation and each seed's value.",
-        "",
-        "| tokens | seed | steps | best step | seconds |",
-    ]
-    lines += ["| --- " * 5 + "|"]
-    lines += [
-        f"| {r['length']:,} | {r['seed']} | {r['steps']} | {r['best_step']} | {r['seconds']:,.0f} |"
-        for r in results["runs"]
-    ]
+    runs = ["| tokens | seed | steps | best step | seconds |", "| --- " * 5 + "|"]
+    row = "| {length:,} | {seed} | {steps} | {best_step} | {seconds:,.0f} |"
+    runs += [row.format_map(each) for each in results["runs"]]
+    facts = (
+        f"{results['lines']:,} test rows, in percent; with 95 % bootstrap intervals over documents, or of several seeds\n"
+        "mean ± standard deviation and each seed's value."
+    )
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    return "\n".join([*lines, "", machine, "", f"```text\n{results['command']}\n```", ""])
+    return "\n".join([*lines, "", facts, "", *runs, "", machine, "", f"```text\n{results['command']}\n```", ""])
 
 
-def run_once(example, options: list[str], output: Path, length: int, seed: int) -> dict:
-    """Train and test, or what is missing of that; what the results say of the run."""
-    started = time.perf_counter()
-    example.main([*options, "--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)])
-    note = output / "seconds.json"
-    if not note.exists():  # of a resumed run those of the rest
-        write_atomically(note, json.dumps(time.perf_counter() - started).encode())
+def describe_run(output: Path, length: int, seed: int) -> dict:
+    """What the results say of a run."""
     states = [json.loads(path.read_text()) for path in output.glob("checkpoint-*/trainer_state.json")]
     state = max(states, key=lambda state: state["global_step"])
-    best = int(Path(state["best_model_checkpoint"]).name.split("-")[1])
     return {
-        "length": length, "seed": seed, "steps": state["global_step"], "best_step": best,
-        "seconds": json.loads(note.read_text()), "history": state["log_history"],
+        "length": length, "seed": seed, "steps": state["global_step"], "history": state["log_history"],
+        "best_step": int(Path(state["best_model_checkpoint"]).name.split("-")[1]),
+        "seconds": json.loads((output / "seconds.json").read_text()),
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     """The table, or None in a process other than the first."""
     example = load_example(args.example)
-    (options, _) = example.HfArgumentParser(example.Options).parse_args_into_dataclasses(
-        rest, return_remaining_strings=True
-    )
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first:
-        check_same_run(
-            args.output, {"example": args.example, "options": rest, "limits": [args.limit_train, args.limit_test]}
-        )
+    parser = example.HfArgumentParser(example.Options)
+    options, _ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if is_first:
+        limits = [args.limit_train, args.limit_test]
+        check_same_run(args.output, {"example": args.example, "options": rest, "limits": limits})
     for split, limit in (("train", args.limit_train), ("test", args.limit_test)):
         if limit:
             setattr(options, split, sample_lines(getattr(options, split), limit, args.output))
     rest = [*rest, "--train", options.train, "--test", options.test]
-    runs, systems = [], {}
-    for length in args.lengths:
-        for seed in args.seeds:
-            output = args.output / f"length-{length}" / f"seed-{seed}"
-            runs.append(run_once(example, rest, output, length, seed))
-            lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-            systems.setdefault(f"model, {length:,} tokens", {})[str(seed)] = lines
-    if not first:
+    runs = [(args.output / f"length-{n}" / f"seed-{seed}", n, seed) for n in args.lengths for seed in args.seeds]
+    for output, length, seed in runs:
+        started = time.perf_counter()
+        example.main([*rest, "--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)])
+        if is_first and not (output / "seconds.json").exists():  # of a resumed run those of the rest
+            write_atomically(output / "seconds.json", json.dumps(time.perf_counter() - started).encode())
+    if not is_first:
         return None
+    systems = {}
+    for output, length, seed in runs:
+        lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        systems.setdefault(f"model, {length:,} tokens", {})[str(seed)] = lines
     if args.baselines:
         train, test = example.load(options.train, options), example.load(options.test, options)
         if options.validation is None:  # as the example splits it
@@ -189,7 +179,7 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
         "command": command,
         "systems": {name: summarize(found, score) for name, found in systems.items()},
         "lines": len(lines),
-        "runs": runs,
+        "runs": [describe_run(*each) for each in runs],
         "machine": describe_machine(),
     }
     table = format_table(results)

@@ -292,22 +292,12 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         parted = args.groups is None or model.config.num_hidden_groups == args.groups
         return model if parted else unshare_layers(model, args.groups)
     config = AlbertConfig(
-        vocab_size=len(tokenizer),
-        embedding_size=args.embedding_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_hidden_groups=args.groups or 1,
-        num_attention_heads=args.heads,
-        intermediate_size=args.intermediate_size,
-        hidden_act=args.activation,
-        max_position_embeddings=max(args.positions, args.max_length),
-        initializer_range=args.init_range,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        **dropout,
-        **attention,
-    )
+        vocab_size=len(tokenizer), embedding_size=args.embedding_size, hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers, num_hidden_groups=args.groups or 1, num_attention_heads=args.heads,
+        intermediate_size=args.intermediate_size, hidden_act=args.activation, initializer_range=args.init_range,
+        max_position_embeddings=max(args.positions, args.max_length), pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, **dropout, **attention,
+    )  # fmt: skip
     model = AlbertForMaskedLM(config)
     if args.neighbour_heads:
         look_at_neighbours(model)
@@ -360,7 +350,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation, in every process."""
     trainer = build_trainer(args)
     if not args.eval_only:
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+        checkpoint = last_checkpoint(args.output)
+        if checkpoint and trainer.is_world_process_zero():
+            print(f"resuming from {checkpoint}", file=sys.stderr)
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_fsdp_enabled:  # whatever its checkpoints are
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(args.output / "final"))
@@ -396,7 +389,6 @@ class Options:
     eval_only: bool = HfArg(default=False, help="no training: evaluate --model and print the result")
     eval_tokens: int = HfArg(default=262_144, help="about so many held-out tokens are read")
     eval_seed: int = HfArg(default=12_345, help="fixes the held-out pieces and their masks")
-    # of a model from scratch, without --model
     hidden_size: int = HfArg(default=256, help="of a model from scratch")
     layers: int = HfArg(default=6, help="of a model from scratch")
     heads: int = HfArg(default=4, help="of a model from scratch")
@@ -411,12 +403,8 @@ class Options:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, with ``corpus`` and, as ``training``, the Trainer's arguments."""
-    parser = HfArgumentParser(
-        (Options, Arguments), description="Masked-language-model training of ALBERT and LSG-ALBERT."
-    )
-    parser.add_argument(
-        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
-    )
+    parser = HfArgumentParser((Options, Arguments), description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
     parser.set_defaults(
         max_steps=1000, per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=100, weight_decay=0.01,
         adam_beta2=0.98, adam_epsilon=1e-6, optim="adamw_torch_fused", logging_steps=50, save_steps=500, save_total_limit=2,

@@ -17,7 +17,7 @@ COMPLETE = "complete"  # a file in a checkpoint that all processes have written
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that no reader, and no kill in between, ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each has its own
     partial.write_bytes(content)
     os.replace(partial, path)
 

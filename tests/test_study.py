@@ -1,5 +1,6 @@
 """The study of several runs of an example, with a small random model and the root's tokenizer."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from conftest import ROOT
-from experiments import baselines, study
+from experiments import baselines, cross_attention_init, study
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM
-from test_training_examples import LENGTH, RECIPE, kill_at, make_rows, write_rows
+from pretraining import extrapolation, pretrain_mlm, train_tokenizer
+from test_training_examples import LENGTH, RECIPE, kill_at, make_rows, scripts, write_rows
 
 SHORT = 12  # tokens, of which no label shows
 
@@ -107,6 +109,45 @@ def test_limits_draw_the_same_rows_and_the_other_examples_have_their_baselines(c
     assert found["mean"] > 0.9 and found["interval"][0] <= found["mean"] <= found["interval"][1]
     rows = [json.loads(line) for line in (tmp_path / "8-of-tag_tokens-train.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and all(row in make_rows("tag_tokens", 36, 1) for row in rows)
+
+
+COMMANDS = {
+    **{name: script.main for name, script in scripts.items()},
+    "study": study.main,
+    "cross_attention_init": cross_attention_init.main,
+    "pretrain_mlm": pretrain_mlm.parse_args,
+    "train_tokenizer": train_tokenizer.parse_args,
+    "extrapolation": extrapolation.parse_args,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text_and_shows_its_default(command, monkeypatch):
+    parsers = []
+
+    def stop(parser, *_, **__):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    with pytest.raises(SystemExit):
+        COMMANDS[command]([])
+    (parser,) = parsers
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert issubclass(parser.formatter_class, argparse.ArgumentDefaultsHelpFormatter)
+
+
+def test_a_cross_attention_can_start_in_two_ways(tmp_path, tiny_config, capsys):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=16000, max_position_embeddings=LENGTH)
+    model = write_repository(tmp_path / "model", LSGAlbertForMaskedLM(config))
+    rows = [write_rows(tmp_path / f"{name}.jsonl", make_rows("summarize", 8, 1)) for name in ("train", "test")]
+    options = "--steps 2 --evaluations 1 --seeds 0 --tasks first --source-length 24 --target-length 8 --batch-size 2"
+    output = tmp_path / "results.json"
+    cross_attention_init.main([*map(str, rows), "--model", str(model), "--output", str(output), *options.split()])
+    found = json.loads(output.read_text())
+    assert [(result["case"]["start"], result["step"]) for result in found] == [("random", 2), ("copy", 2)]
+    assert found[0]["loss"] != found[1]["loss"] and "| first | copy | 2 |" in capsys.readouterr().out
 
 
 # --- scores
