@@ -7,8 +7,7 @@ question: {"context": ..., "question": ..., "answers": {"text": ["May"], "answer
         --max_length 512 --output_dir runs/squad
 
 Answers beyond --max_length are not trained on, and count as missed. The directory gets the best model, its scores and
-predictions.jsonl. A killed run goes on from its last checkpoint when it is started again. Needs
-`pip install ".[fine-tuning]"`.
+predictions.jsonl. Started again, a killed run goes on from its last checkpoint. Needs `pip install ".[fine-tuning]"`.
 """
 
 import gzip
@@ -182,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 

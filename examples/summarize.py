@@ -76,8 +76,7 @@ def load(source: str, options: Options) -> list[dict]:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             sys.exit(f"{source}, {place}: no row of a document and a summary ({error!r})")
         if None in row or not all(map(str.strip, pair)):
-            hint = "none may be empty, and a field with commas has to be in double quotes"
-            sys.exit(f"{source}, {place}: not a document and a summary; {hint}")
+            sys.exit(f"{source}, {place}: more fields than line 1 has (quote those with commas), or an empty text")
         rows.append({"document": pair[0], "summary": pair[1]})
     return rows or sys.exit(f"{source}: no rows")
 
@@ -134,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 

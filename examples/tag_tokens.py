@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 

@@ -25,8 +25,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from pretraining.training_support import describe_machine, write_atomically
 
-STARTS = ("random", "copy")
-TASKS = ("first", "summary")
+STARTS, TASKS = ("random", "copy"), ("first", "summary")
 
 
 def read_examples(path: str, task: str) -> list[tuple[str, str]]:

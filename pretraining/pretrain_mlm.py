@@ -356,6 +356,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_fsdp_enabled:  # whatever its checkpoints are
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.model.config.use_cache = True  # transformers 5's Trainer has set it to False
         trainer.save_model(str(args.output / "final"))
         if trainer.is_world_process_zero():
             copy_tokenizer(Path(args.tokenizer or args.model), args.output / "final")
@@ -367,9 +368,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 @dataclass
-class Options:
-    """What is asked for beside the Trainer's own arguments."""
-
+class Options:  # beside the Trainer's own arguments
     exclude_ids: list[str] = HfArg(default_factory=list, help="files with one held-out document id per line")
     held_out_share: float = HfArg(default=0.0, help="of the documents (0.01), held out by their ids")
     model: str | None = HfArg(

@@ -11,8 +11,6 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-COMPLETE = "complete"  # a file in a checkpoint that all processes have written
-
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that no reader, and no kill in between, ever sees half of it."""
@@ -44,12 +42,12 @@ class MarkComplete(TrainerCallback):
 
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+            Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
 
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that `MarkComplete` has marked."""
-    found = [path.parent for path in output.glob(f"checkpoint-*/{COMPLETE}")]
+    found = [path.parent for path in output.glob("checkpoint-*/complete")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 

@@ -200,6 +200,7 @@ def test_the_saved_model_is_the_best_one(name, finished):
     )
     assert all(torch.equal(final[key], best[key]) for key in best)
     assert AutoTokenizer.from_pretrained(finished).mask_token_id == 4
+    assert json.loads((finished / "config.json").read_text()).get("use_cache", True)
 
 
 def test_the_best_model_is_not_the_last_one(command, tmp_path):
