@@ -261,7 +261,7 @@ def test_what_the_examples_share_is_the_same_in_all():
     blocks = [
         re.search(r"    # Before 4\.48.*?save_pretrained\(output\)\n", text, re.DOTALL).group() for text in texts
     ]
-    blocks += [re.search(r"    saved = sorted.*?print\(f\"resuming.*?\n", text, re.DOTALL).group() for text in texts]
+    blocks += [re.search(r"    saved = \[path.*?print\(f\"resuming.*?\n", text, re.DOTALL).group() for text in texts]
     assert len(set(blocks)) == 2
     readers = [
         re.search(r"file:\n        if name.ends.*?for row in table\]\n", text, re.DOTALL).group()
