@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ pytest.importorskip("sklearn", reason="the training examples score by it")
 pytest.importorskip("rouge_score", reason="summarize.py scores by it")
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from conftest import ROOT
@@ -301,3 +305,24 @@ def finished_by_process(command, tmp_path_factory):
         return output
 
     return run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="before, the Trainer cannot resume in several processes on CPUs, which Accelerate numbers",
+)
+def test_two_processes_resume_with_the_same_losses(command, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*command("tag_tokens", tmp_path / "out"), "--per_device_train_batch_size", "2"]
+    arguments = [*launcher, str(ROOT / "examples" / "tag_tokens.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    curves = []
+    for _ in range(2):
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        curves.append(losses(tmp_path / "out"))
+        (tmp_path / "out" / "test_results.json").unlink()
+        shutil.rmtree(tmp_path / "out" / "checkpoint-32")
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-24'}" in done.stdout
+    assert len(curves[0]) == 32 and curves[0] == curves[1]
