@@ -24,6 +24,7 @@ COMPATIBILITY_TESTS = [
 ] + ["tests/test_seq2seq.py", "tests/test_seq2seq_ecosystem.py"]
 COMPATIBILITY_TESTS += [f"tests/test_conversion_{name}.py" for name in ("convert", "plan", "verify")]
 COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
+COMPATIBILITY_TESTS.append("tests/test_training_examples.py")  # and so do these
 
 nox.options.default_venv_backend = "virtualenv"
 
@@ -50,8 +51,8 @@ def tests(session: nox.Session, transformers: str) -> None:
     elif transformers in BETWEEN:
         selection = COMPATIBILITY_TESTS
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
-    if transformers in BETWEEN:  # several processes, where the Trainers of the releases differ most
-        session.run("python", "-m", "pytest", "-m", "slow", "tests/test_example_processes.py", "-k", "token")
+    if transformers in BETWEEN:  # kills and several processes, where the Trainers of the releases differ most
+        session.run("python", "-m", "pytest", "-m", "slow", "tests/test_training_examples.py", "-k", "tag_tokens")
 
 
 @nox.session(default=False)

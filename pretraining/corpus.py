@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -40,14 +39,16 @@ def read_documents(sources: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     """Yield ``(id, text)`` for every document, in the sources' order."""
     for source in map(str, sources):
         path, texts = Path(source), text_files(source)
-        if texts:
+        try:
             for file in texts:
-                yield file.relative_to(path).as_posix() if path.is_dir() else file.name, _read_text(file)
-        elif path.is_file():
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8") as lines:
+                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+                yield name, file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{file}: not UTF-8 ({error})") from error
+        if path.is_file() and not texts:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
                 yield from _parse_lines(path, lines)
-        else:
+        elif not texts:
             for number, row in enumerate(load_split(source)):
                 yield str(row.get("id", f"train:{number}")), row["text"]
 
@@ -89,24 +90,12 @@ def load_split(source: str):
     return split
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 ({error})") from error
-
-
 def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             yield str(row.get("id", f"{path.name}:{number}")), row["text"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f'{path}, line {number}: not a JSON object with a "text" field ({error})') from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that no reader, and no kill in between, ever sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -22,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import AlbertForMaskedLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from pretraining.corpus import CorpusError, read_ids, write_atomically
+from pretraining.corpus import CorpusError, read_ids
 from pretraining.masking import IGNORED, Masker
 from pretraining.pretrain_mlm import masked_lm_forward, score
 from pretraining.token_cache import TokenizedDocuments, load_tokens
+from pretraining.training_support import describe_machine, write_atomically
 
 PIECES = (8, 4, 2, 1)  # that a segment is cut into
 SPECIAL = 2  # [CLS] and [SEP] around each piece
@@ -164,7 +163,7 @@ def format_table(report: dict) -> str:
     facts = (
         f"{report['segments']} held-out segments of {report['segment_length']:,} tokens, "
         f"{report['rows'][0]['masked_tokens']:,} masked tokens, the same in every row; seed {report['seed']}; "
-        f"float32 on {report['device']}; transformers {report['transformers']}, PyTorch {report['torch']}; "
+        f"float32 on {report['on']}; transformers {report['transformers']}, PyTorch {report['torch']}; "
         f"{sum(row['seconds'] for row in report['rows']):,.0f} s in all."
     )
     return "\n".join(lines) + f"\n\n{facts}\n\n```text\n{report['command']}\n```\n"
@@ -183,9 +182,7 @@ def run(args: argparse.Namespace, command: str) -> dict:
         "seed": args.seed,
         "segments": args.segments,
         "segment_length": length,
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
+        **describe_machine(),
         "rows": [],
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -203,16 +200,16 @@ def run(args: argparse.Namespace, command: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
     parser.add_argument("--exclude-ids", nargs="+", required=True, help="files with one held-out document id per line")
     parser.add_argument("--albert", required=True, help="directory of the short ALBERT, with its tokenizer")
     parser.add_argument("--converted", required=True, help="directory that `lsg-albert convert` made from it")
     parser.add_argument("--trained", help="directory of the converted model after further training")
     parser.add_argument("--output", type=Path, required=True, help="the reports' path, without .json and .md")
-    parser.add_argument("--cache", type=Path, help="folder for tokenized text; default: tokens, beside OUTPUT")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: tokens, beside OUTPUT")
     parser.add_argument("--short", type=int, default=512, help="tokens that the short ALBERT reads at a time")
     parser.add_argument("--segments", type=int, default=64, help="each of eight pieces of the short length")
     parser.add_argument("--seed", type=int, default=12_345, help="of the text and of what is masked in it")

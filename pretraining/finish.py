@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from lsg_albert import LSGAlbertForMaskedLM
-from pretraining.corpus import write_atomically
+from pretraining.training_support import write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -1,17 +1,15 @@
 """Masked-language-model training, from scratch (a plain ALBERT) or onwards from any checkpoint (LSG-ALBERT included).
 
-    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude-ids heldout.txt --tokenizer . --output runs/a \\
-        --neighbour-heads --word-vectors --init-range 0.03
-    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude-ids heldout.txt --model runs/a/final --output runs/b
+    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude_ids heldout.txt --tokenizer . --output_dir runs/a \\
+        --neighbour_heads --word_vectors --init_range 0.03
+    python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude_ids heldout.txt --model runs/a/final --output_dir runs/b
 
 The held-out documents are the evaluation set. Started again with the same arguments, a killed run goes on from its
-last checkpoint with the same data in the same order. The result lies in ``OUTPUT/final``. On a busy machine
+last checkpoint with the same data in the same order. The result lies in ``OUTPUT_DIR/final``. On a busy machine
 ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads, which
 wait for each other after every operation. Several processes train as one does with their batches put together. Needs
 transformers 4.48 or newer.
 """
-
-from __future__ import annotations
 
 import argparse
 import datetime
@@ -40,15 +38,16 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils.versions import require_version
 
-from pretraining.corpus import CorpusError, is_drawn, read_ids, write_atomically
+from pretraining.corpus import CorpusError, is_drawn, read_ids
 from pretraining.initial_weights import POSITION_DIMS, extend_positions, look_at_neighbours, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
+from pretraining.training_support import Arguments, MarkComplete, last_checkpoint, write_atomically
 from pretraining.word_vectors import set_word_embeddings
 
 
@@ -227,19 +226,13 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, **kwargs):
         model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
         model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
-        super().__init__(model=model, **kwargs)
+        super().__init__(model=model, callbacks=[MarkComplete()], **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) == 2:
             keep_one_bias(model)
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(Progress())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for the other processes, whose random states belong to a checkpoint too: it counts as complete as soon
-        as the first one writes ``trainer_state.json``, which it does after this."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
@@ -254,7 +247,7 @@ class MaskedLMTrainer(Trainer):
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
             with self.accelerator.autocast():
-                outputs = self.model(**self._prepare_inputs(batch))
+                outputs = self.model(**{name: each.to(self.args.device) for name, each in batch.items()})
             sums += score(outputs["logits"], outputs["targets"])
         sums = self.accelerator.reduce(sums, reduction="sum")
         loss, top1, top5 = (sums[:3] / sums[3]).tolist()
@@ -267,7 +260,7 @@ class MaskedLMTrainer(Trainer):
 def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
     """Training pieces (documents that are not held out) and evaluation pieces (documents that are)."""
     held_out = read_ids(args.exclude_ids)
-    folder = args.cache or args.output / "tokens"
+    folder = Path(args.cache) if args.cache else args.output / "tokens"
     tokens, train, evaluation = [], [], []
     for number, source in enumerate(args.corpus):
         documents = load_tokens(source, tokenizer, folder)
@@ -299,93 +292,31 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         parted = args.groups is None or model.config.num_hidden_groups == args.groups
         return model if parted else unshare_layers(model, args.groups)
     config = AlbertConfig(
-        vocab_size=len(tokenizer),
-        embedding_size=args.embedding_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_hidden_groups=args.groups or 1,
-        num_attention_heads=args.heads,
-        intermediate_size=args.intermediate_size,
-        hidden_act=args.activation,
-        max_position_embeddings=max(args.positions, args.max_length),
-        initializer_range=args.init_range,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        **dropout,
-        **attention,
-    )
+        vocab_size=len(tokenizer), embedding_size=args.embedding_size, hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers, num_hidden_groups=args.groups or 1, num_attention_heads=args.heads,
+        intermediate_size=args.intermediate_size, hidden_act=args.activation, initializer_range=args.init_range,
+        max_position_embeddings=max(args.positions, args.max_length), pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, **dropout, **attention,
+    )  # fmt: skip
     model = AlbertForMaskedLM(config)
     if args.neighbour_heads:
         look_at_neighbours(model)
     return model
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes ``trainer_state.json`` last, so a kill leaves none, or half."""
-    found = output.glob("checkpoint-*/trainer_state.json")
-    for path in sorted(found, key=lambda path: int(path.parent.name.split("-")[1]), reverse=True):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-            return str(path.parent)
-        except json.JSONDecodeError:  # killed while it was written
-            continue
-    return None
-
-
-class Arguments(TrainingArguments):
-    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
-    which PyTorch cannot load anything."""
-
-    @property
-    def device(self) -> torch.device:
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    return Arguments(
-        output_dir=str(args.output),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=args.lr,
-        lr_scheduler_type=args.schedule,
-        warmup_steps=args.warmup,
-        weight_decay=args.weight_decay,
-        adam_beta2=0.98,
-        adam_epsilon=1e-6,
-        optim="adamw_torch_fused",
-        gradient_accumulation_steps=args.gradient_accumulation,
-        average_tokens_across_devices=True,  # a step's loss is one mean, however its samples are spread
-        bf16=args.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=args.log_every,
-        save_steps=args.save_every,
-        save_total_limit=2,
-        eval_strategy="steps" if args.eval_every else "no",
-        eval_steps=args.eval_every or None,
-        seed=args.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        disable_tqdm=not sys.stderr.isatty(),
-        report_to="none",
-    )
-
-
 def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     """Model, data and Trainer from the command line."""
     require_version("transformers>=4.48", "Older releases do not count the items of a step.")
-    set_seed(args.seed)
-    arguments = training_arguments(args)
+    set_seed(args.training.seed)
+    arguments = args.training
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     with arguments.main_process_first(desc="tokenizing"):
         train, evaluation = load_corpora(args, tokenizer)
     if not len(train) and not args.eval_only:
         raise CorpusError("nothing to train on: every document is empty or held out")
     masker = Masker.for_tokenizer(tokenizer, args.mask_rate, args.span_words)
-    train_size = args.steps * args.batch_size * args.gradient_accumulation * arguments.world_size
+    train_size = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    train_size *= arguments.world_size
     eval_size = min(len(evaluation), max(1, args.eval_tokens // args.max_length))
     model = load_model(args, tokenizer)
     positions = model.config.max_position_embeddings if args.shift_positions else None
@@ -401,7 +332,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
     return MaskedLMTrainer(
         model=model,
         args=arguments,
-        train_dataset=MaskedSamples(train, masker, tokenizer, args.seed, train_size, positions),
+        train_dataset=MaskedSamples(train, masker, tokenizer, arguments.seed, train_size, positions),
         eval_dataset=MaskedSamples(evaluation, masker, tokenizer, args.eval_seed, eval_size),
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -419,7 +350,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation, in every process."""
     trainer = build_trainer(args)
     if not args.eval_only:
-        trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+        checkpoint = last_checkpoint(args.output)
+        if checkpoint and trainer.is_world_process_zero():
+            print(f"resuming from {checkpoint}", file=sys.stderr)
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_fsdp_enabled:  # whatever its checkpoints are
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.model.config.use_cache = True  # transformers 5's Trainer has set it to False
@@ -433,85 +367,67 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
+@dataclass
+class Options:  # beside the Trainer's own arguments
+    exclude_ids: list[str] = HfArg(default_factory=list, help="files with one held-out document id per line")
+    held_out_share: float = HfArg(default=0.0, help="of the documents (0.01), held out by their ids")
+    model: str | None = HfArg(
+        default=None, help="checkpoint directory to go on from (its own code is run if it has any)"
+    )
+    tokenizer: str | None = HfArg(default=None, help="tokenizer directory; None: the --model directory")
+    cache: str | None = HfArg(default=None, help="folder for tokenized text; None: tokens in the output directory")
+    max_length: int = HfArg(default=128, help="tokens of a piece, [CLS] and [SEP] included")
+    dropout: float = HfArg(default=0.0, help="of hidden states and attention")
+    mask_rate: float = HfArg(default=0.15, help="share of the tokens that are predicted")
+    span_words: int = HfArg(default=3, help="words that are masked together at most")
+    attention: str | None = HfArg(default=None, help="eager or sdpa; None: transformers' choice")
+    shift_positions: bool = HfArg(default=False, help="place each piece anywhere in the positions")
+    extend_positions: int | None = HfArg(default=None, help="set the positions after so many, the trained ones")
+    compile: bool = HfArg(default=False, help="torch.compile the encoder")
+    groups: int | None = HfArg(default=None, help="of layers with weights of their own; None: the --model's, or one")
+    eval_only: bool = HfArg(default=False, help="no training: evaluate --model and print the result")
+    eval_tokens: int = HfArg(default=262_144, help="about so many held-out tokens are read")
+    eval_seed: int = HfArg(default=12_345, help="fixes the held-out pieces and their masks")
+    hidden_size: int = HfArg(default=256, help="of a model from scratch")
+    layers: int = HfArg(default=6, help="of a model from scratch")
+    heads: int = HfArg(default=4, help="of a model from scratch")
+    intermediate_size: int = HfArg(default=1024, help="of a model from scratch")
+    embedding_size: int = HfArg(default=128, help="of a model from scratch")
+    positions: int = HfArg(default=512, help="position embeddings of a model from scratch")
+    word_vectors: bool = HfArg(default=False, help="start from counted word vectors (6 GB of memory)")
+    neighbour_heads: bool = HfArg(default=False, help="start with heads that look at the next token")
+    init_range: float = HfArg(default=0.02, help="standard deviation of the first weights")
+    activation: str = HfArg(default="gelu_pytorch_tanh", help="gelu_new's function, in one fused kernel")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Masked-language-model training of ALBERT and LSG-ALBERT.")
-    parser.add_argument(
-        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
-    parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
-    parser.add_argument(
-        "--held-out-share", type=float, default=0.0, help="of the documents (0.01), held out by their ids"
-    )
-    parser.add_argument("--model", help="checkpoint directory to go on from (its own code is run if it has any)")
-    parser.add_argument("--tokenizer", help="tokenizer directory; default: the --model directory")
-    parser.add_argument("--cache", type=Path, help="folder for tokenized text; default: OUTPUT/tokens")
-    _add_training_options(parser.add_argument_group("training"))
-    _add_evaluation_options(parser.add_argument_group("evaluation"))
-    _add_size_options(parser.add_argument_group("sizes of a model from scratch (without --model)"))
-    args = parser.parse_args(argv)
+    """The options, with ``corpus`` and, as ``training``, the Trainer's arguments."""
+    parser = HfArgumentParser((Options, Arguments), description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
+    parser.set_defaults(
+        max_steps=1000, per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=100, weight_decay=0.01,
+        adam_beta2=0.98, adam_epsilon=1e-6, optim="adamw_torch_fused", logging_steps=50, save_steps=500, save_total_limit=2,
+        seed=1, average_tokens_across_devices=True, remove_unused_columns=False, ddp_find_unused_parameters=False,
+        disable_tqdm=not sys.stderr.isatty(), use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), report_to="none",
+    )  # fmt: skip
+    options, training, rest = parser.parse_args_into_dataclasses(argv)
+    args = argparse.Namespace(**vars(options), corpus=rest.corpus, training=training, output=Path(training.output_dir))
     if args.model is None and args.tokenizer is None:
         parser.error("one of --model and --tokenizer is needed")
     if args.model is not None and (args.word_vectors or args.neighbour_heads):
-        parser.error("--word-vectors and --neighbour-heads are for a model from scratch, not for --model")
+        parser.error("--word_vectors and --neighbour_heads are for a model from scratch, not for --model")
     if args.model is None and args.extend_positions is not None:
-        parser.error("--extend-positions is for a trained --model, not for one from scratch")
+        parser.error("--extend_positions is for a trained --model, not for one from scratch")
     if args.neighbour_heads and (
         args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
     ):
-        parser.error(f"--neighbour-heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
+        parser.error(f"--neighbour_heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
     if not 0 <= args.held_out_share < 1:
-        parser.error(f"--held-out-share must be at least 0 and below 1, got {args.held_out_share}")
-    if args.max_length < 3 or min(args.steps, args.batch_size, args.gradient_accumulation) < 1:
-        parser.error("--max-length must be at least 3, --steps, --batch-size and --gradient-accumulation at least 1")
+        parser.error(f"--held_out_share must be at least 0 and below 1, got {args.held_out_share}")
+    if args.max_length < 3 or training.max_steps < 1:
+        parser.error("--max_length must be at least 3, --max_steps at least 1")
     return args
-
-
-def _add_training_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-length", type=int, default=128, help="tokens of a piece, [CLS] and [SEP] included")
-    group.add_argument("--batch-size", type=int, default=64, help="pieces per batch and process (see torchrun)")
-    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches that make a step")
-    group.add_argument("--steps", type=int, default=1000)
-    group.add_argument("--lr", type=float, default=1e-3)
-    group.add_argument("--schedule", default="linear", help="learning-rate schedule, a name that the Trainer knows")
-    group.add_argument("--warmup", type=int, default=100, help="steps")
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--dropout", type=float, default=0.0)
-    group.add_argument("--mask-rate", type=float, default=0.15)
-    group.add_argument("--span-words", type=int, default=3, help="words that are masked together at most")
-    group.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    group.add_argument("--attention", help="attention implementation, eager or sdpa; default: transformers' choice")
-    group.add_argument("--shift-positions", action="store_true", help="place each piece anywhere in the positions")
-    group.add_argument(
-        "--extend-positions", type=int, metavar="N", help="set those after the first N, the trained ones"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    group.add_argument(
-        "--groups", type=int, help="of layers with weights of their own; default: the --model's, or one"
-    )
-    group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--log-every", type=int, default=50, help="steps")
-    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-
-
-def _add_evaluation_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--eval-only", action="store_true", help="no training: evaluate --model and print the result")
-    group.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
-    group.add_argument("--eval-tokens", type=int, default=262_144, help="about so many held-out tokens are read")
-    group.add_argument("--eval-seed", type=int, default=12_345, help="fixes the held-out pieces and their masks")
-
-
-def _add_size_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--hidden-size", type=int, default=256)
-    group.add_argument("--layers", type=int, default=6)
-    group.add_argument("--heads", type=int, default=4)
-    group.add_argument("--intermediate-size", type=int, default=1024)
-    group.add_argument("--embedding-size", type=int, default=128)
-    group.add_argument("--positions", type=int, default=512, help="position embeddings")
-    group.add_argument("--word-vectors", action="store_true", help="start from counted word vectors (6 GB of memory)")
-    group.add_argument("--neighbour-heads", action="store_true", help="start with heads that look at the next token")
-    group.add_argument("--init-range", type=float, default=0.02, help="standard deviation of the first weights")
-    group.add_argument("--activation", default="gelu_pytorch_tanh", help="gelu_new's function, in one fused kernel")
 
 
 def main(argv: list[str] | None = None) -> int:

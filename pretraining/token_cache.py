@@ -12,7 +12,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.corpus import CorpusError, fingerprint, read_documents, write_atomically
+from pretraining.corpus import CorpusError, fingerprint, read_documents
+from pretraining.training_support import write_atomically
 
 
 @dataclass(frozen=True)

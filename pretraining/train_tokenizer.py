@@ -21,7 +21,8 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pretraining.corpus import CorpusError, read_documents, read_ids, write_atomically
+from pretraining.corpus import CorpusError, read_documents, read_ids
+from pretraining.training_support import write_atomically
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # the position is the id, as in ALBERT
 BOUNDARY = "\t"  # no piece may reach across it in training; never occurs in normalized text
@@ -141,16 +142,16 @@ def write_tokenizer(folder: Path, model: bytes, max_length: int) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the sentencepiece vocabulary.")
-    parser.add_argument(
-        "corpus", nargs="+", help="JSON lines (.jsonl, .jsonl.gz), text files or folders, or data sets"
+    parser = argparse.ArgumentParser(
+        description="Train the sentencepiece vocabulary.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files")
     parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
     parser.add_argument("--vocab-size", type=int, default=16_000, help="pieces, special ones included")
     parser.add_argument("--sample", type=int, default=400_000, help="at most so many paragraphs are trained on")
     parser.add_argument("--max-length", type=int, default=4096, help="model_max_length of the tokenizer, in tokens")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--threads", type=int, default=2, help="part of the recipe: sums depend on their order")
     return parser.parse_args(argv)
 

@@ -33,8 +33,8 @@ sys.addaudithook(refuse)
 
 
 def example(name: str) -> ModuleType:
-    """A script of examples/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    """A script of examples/, by its path there without ``.py``, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

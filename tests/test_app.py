@@ -30,7 +30,7 @@ LIMIT = 600
 
 @pytest.fixture(scope="module")
 def app():
-    return example("app")
+    return example("app/app")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def loaded(app, repository):
 
 def test_module_does_not_need_gradio():
     code = "import sys; sys.modules['gradio'] = None; sys.path.insert(0, sys.argv[1]); import app"
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "examples")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "examples" / "app")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -212,7 +212,7 @@ def test_tokens_are_coloured_by_kind_and_weight(app, loaded):
     content = app.render_tokens(reading, weights)
     box = [attrs for tag, attrs in Page(content).elements if "%" in attrs.get("title", "")]
     kinds = app.kinds_of_keys(weights, reading.chosen, 2, 8)
-    for kind in app.COLORS:
+    for kind in app.KINDS:
         shown = [attrs for attrs in box if kind in attrs["class"].split()]
         assert len(shown) == kinds.count(kind) > 0
         assert f"{kind}: {len(shown)} token" in visible_text(content)
@@ -331,7 +331,7 @@ def served(repository, tmp_path_factory):
     port, log = free_port(), folder / "log"
     env = {**os.environ, "PYTHONPATH": str(folder / "watch"), "WATCH_LOG": str(log), "PYTHONUNBUFFERED": "1"}
     env |= {"TMPDIR": str(folder / "uploads"), "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True"}
-    command = [sys.executable, ROOT / "examples" / "app.py", "--model", repository, "--port", port]
+    command = [sys.executable, ROOT / "examples" / "app" / "app.py", "--model", repository, "--port", port]
     process = subprocess.Popen(
         [*map(str, command)], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

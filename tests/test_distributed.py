@@ -34,8 +34,8 @@ pytestmark = [
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-RECIPE = "--steps 6 --max-length 40 --lr 1e-2 --warmup 2 --log-every 1 --save-every 2 --eval-tokens 120".split()
-SIZES = "--hidden-size 16 --layers 2 --heads 2 --intermediate-size 16 --embedding-size 8 --positions 64".split()
+RECIPE = "--max_steps 6 --max_length 40 --learning_rate 1e-2 --warmup_steps 2 --logging_steps 1 --save_steps 2 --eval_tokens 120".split()
+SIZES = "--hidden_size 16 --layers 2 --heads 2 --intermediate_size 16 --embedding_size 8 --positions 64".split()
 GLOBAL_BATCH = 4
 WORDS = "king queen river mountain science music letter garden winter summer house window".split()
 
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory) -> list[str]:
     rows = [{"id": word, "text": f"the {word} and a {word}. " * (1 + i)} for i, word in enumerate(WORDS)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "held_out.txt").write_text("house\nwindow\nmusic\n")
-    return [str(folder / "corpus.jsonl"), "--exclude-ids", str(folder / "held_out.txt")]
+    return [str(folder / "corpus.jsonl"), "--exclude_ids", str(folder / "held_out.txt")]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def lsg_albert(tiny_config, tmp_path_factory) -> list[str]:
 
 def command(corpus: list[str], model: list[str], output: Path, processes: int, accumulation: int = 1) -> list[str]:
     """The training script, with the same number of samples in a step however they are spread."""
-    batch = ["--batch-size", str(GLOBAL_BATCH // processes // accumulation)]
-    batch += ["--gradient-accumulation", str(accumulation)]
+    batch = ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes // accumulation)]
+    batch += ["--gradient_accumulation_steps", str(accumulation)]
     launcher = TORCHRUN if processes > 1 else []
     script = ["-m", "pretraining.pretrain_mlm"]
-    return [sys.executable, *launcher, *script, *corpus, *model, "--output", str(output), *RECIPE, *batch]
+    return [sys.executable, *launcher, *script, *corpus, *model, "--output_dir", str(output), *RECIPE, *batch]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess:

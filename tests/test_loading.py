@@ -392,7 +392,9 @@ def test_bias_that_a_file_has_under_no_name_is_zero_and_named(model, tmp_path, a
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("names", [{"predictions.bias"}, {"predictions.decoder.bias"}, BIAS], ids=["bias", "decoder", "both"])
+@pytest.mark.parametrize(
+    "names", [{"predictions.bias"}, {"predictions.decoder.bias"}, BIAS], ids=["bias", "decoder", "both"]
+)
 def test_model_on_meta_takes_the_tensors_assigned_to_it(tiny_config, names, tied):
     model = make_model(tiny_config(tie_word_embeddings=tied))
     state_dict = {name: x for name, x in model.state_dict().items() if name not in BIAS - names}

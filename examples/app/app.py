@@ -1,7 +1,7 @@
 """Try the model in the browser: the guesses for a masked word, and the tokens that it attended to.
 
-    python examples/app.py
-    python examples/app.py --model my-lsg-albert --port 8000
+    python examples/app/app.py
+    python examples/app/app.py --model my-lsg-albert --port 8000
 
 Needs gradio (`pip install ".[app]"`). Only this machine reaches the page, and nothing leaves it, unless --host or --share
 asks for that. What is shown are the model's own weights, taken from the very pass that made the guesses.
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-LONG_EXAMPLE = Path(__file__).with_name("long_document.txt")
-COLORS = {"local": "59 117 175", "sparse": "239 134 54", "global": "81 157 62"}  # as in plot_attention.py
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+LONG_EXAMPLE = FOLDER.parent / "long_document.txt"
+KINDS = ("local", "sparse", "global")  # of tokens, and their classes in style.css
 NOT_SEEN = "not seen"
 MEAN = "mean"
 TOP_K = 10
@@ -233,33 +234,6 @@ def kinds_of_keys(weights: Tensor, chosen: int, num_globals: int, block_size: in
 
 # What the page shows. Nothing from a text or a tokenizer gets into it but through `escape`.
 
-STYLE = (
-    """<style>
-.lsg { color: #111; font: 15px/1.6 system-ui, sans-serif; }
-.lsg .tokens { background: #fff; border: 1px solid #ccc; border-radius: 6px; height: 420px; overflow-y: auto;
-  overflow-wrap: anywhere; padding: 10px 14px; position: relative; white-space: pre-wrap; color: #767676; }
-.lsg .tokens span { border-radius: 3px; color: #111; }
-.lsg .tokens .chosen { box-shadow: 0 0 0 2px #111; font-weight: 700; margin: 0 2px; }
-.lsg .globals { background: #fff; border: 1px solid #ccc; border-radius: 6px; margin: 0 0 8px; max-height: 64px;
-  overflow-y: auto; padding: 4px 8px; }
-.lsg .global-token { border-radius: 3px; display: inline-block; margin: 2px 6px 2px 0; padding: 0 6px; }
-.lsg .legend { color: var(--body-text-color); display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 8px; }
-.lsg i { border-radius: 3px; display: inline-block; height: 12px; margin-right: 6px; width: 24px; }
-.lsg .strip { background: #fff; border: 1px solid #ccc; display: flex; height: 16px; margin: 0 0 8px; }
-.lsg .strip span { flex: 1; }
-.lsg .strip .chosen { outline: 2px solid #111; z-index: 1; }
-.lsg .notice { background: #eef3f8; border-left: 4px solid #3b75af; padding: 6px 12px; }
-.lsg .notice.cut { background: #fdf3e7; border-color: #ef8636; }
-.lsg .notice.error { background: #fbeaea; border-color: #b3261e; }
-.lsg table { background: #fff; border-collapse: collapse; width: 100%; }
-.lsg th, .lsg td { border-bottom: 1px solid #e2e2e2; color: #111; padding: 3px 10px; text-align: left; }
-.lsg .number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
-.lsg .bar { background: #3b75af; display: inline-block; height: 10px; }
-"""
-    + "\n".join(f".lsg .{kind} {{ background: rgb({color} / var(--a, 0.75)); }}" for kind, color in COLORS.items())
-    + "\n</style>"
-)
-
 
 def escape(text: str) -> str:
     return html.escape(text, quote=True)
@@ -304,7 +278,7 @@ def render_predictions(reading: Reading) -> str:
 def render_legend(weights: Tensor, kinds: list[str]) -> str:
     """The colours, and how many tokens and how much of the weight each kind has."""
     entries = []
-    for kind in COLORS:
+    for kind in KINDS:
         of_kind = [weight for weight, k in zip(weights.tolist(), kinds, strict=True) if k == kind]
         plural = "" if len(of_kind) == 1 else "s"
         entries.append(
@@ -328,7 +302,7 @@ def render_strip(weights: Tensor, kinds: list[str], chosen: int) -> str:
     peaks = [max(part, key=values.__getitem__) for part in parts]
     largest, cells = max(values), []
     for part, peak in zip(parts, peaks, strict=True):
-        names = ([kinds[peak]] if kinds[peak] in COLORS else []) + (["chosen"] if chosen in part else [])
+        names = ([kinds[peak]] if kinds[peak] in KINDS else []) + (["chosen"] if chosen in part else [])
         cells.append(f'<span class="{" ".join(names)}" style="--a: {opacity(values[peak], largest):.2f}"></span>')
     return f'<div class="strip" title="The whole text, from its start to its end">{"".join(cells)}</div>'
 
@@ -343,7 +317,7 @@ def render_tokens(reading: Reading, weights: Tensor) -> str:
         kind = kinds[index]
         if kind == NOT_SEEN and not extra:
             return escape(shown)
-        names = f"{kind if kind in COLORS else ''} {extra}".strip()
+        names = f"{kind if kind in KINDS else ''} {extra}".strip()
         style = f"--a: {opacity(values[index], largest):.2f}"
         return f'<span class="{names}" style="{style}" title="{kind}, {values[index]:.3%}">{escape(shown)}</span>'
 
@@ -377,7 +351,7 @@ def render_strongest(reading: Reading, weights: Tensor) -> str:
             before, after = reading.text[max(0, first - CONTEXT) : first], reading.text[last : last + CONTEXT]
             place = f"{token + 1:,}"
             shown = f"{escape(before)}<b>{escape(reading.text[first:last]) or 'start or end of the text'}</b>{escape(after)}"
-        color = f'<i class="{kinds[index]}"></i>' if kinds[index] in COLORS else ""
+        color = f'<i class="{kinds[index]}"></i>' if kinds[index] in KINDS else ""
         rows.append(
             f'<tr><td class="number">{score:.2%}</td><td>{color}{kinds[index]}</td>'
             f'<td class="number">{place}</td><td>{shown}</td></tr>'
@@ -443,7 +417,7 @@ def build(model: Any, tokenizer: Any) -> Any:
     config = model.config
     num_layers = config.num_hidden_layers * config.inner_group_num
     with gr.Blocks(title="LSG-ALBERT", analytics_enabled=False) as blocks:
-        gr.HTML(STYLE, padding=False, apply_default_css=False)
+        gr.HTML(f"<style>{(FOLDER / 'style.css').read_text()}</style>", padding=False, apply_default_css=False)
         gr.Markdown(
             f"# LSG-ALBERT\nPaste a text of up to {config.max_position_embeddings:,} tokens, **double-click a word** in it, "
             f"or write {mask} for one, and see what the model puts there and which tokens it looked at."

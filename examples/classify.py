@@ -1,0 +1,155 @@
+"""Fine-tune a classifier of long documents. A row has a text and a label, or in JSON lines a list of all labels that apply:
+{"text": "A storm came up ...", "label": "weather"} or {"text": "The match was put off ...", "label": ["weather", "sport"]}.
+
+    python examples/classify.py --train train.jsonl --test test.csv --output_dir runs/topics
+    python examples/classify.py --train stanfordnlp/imdb:train --test stanfordnlp/imdb:test --bf16 --output_dir runs/imdb
+
+The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
+is started again. Needs `pip install ".[fine-tuning]"`.
+"""
+
+import csv
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import train_test_split
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+
+@dataclass
+class Options:
+    train: str = HfArg(
+        help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
+    )
+    test: str = HfArg(help="the same, to score the best model on")
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
+    text_field: str = HfArg(default="text", help="name of the text in a row")
+    label_field: str = HfArg(default="label", help="name of the label, or of the list of labels, in a row")
+    model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
+    max_length: int | None = HfArg(default=None, help="tokens read of a text; None: as many as the model can")
+    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+
+
+def read(source: str, label_field: str) -> list[tuple[str, dict | str]]:
+    """The place of each row, and the row or its JSON."""
+    name = source.lower().removesuffix(".gz")
+    if not name.endswith((".jsonl", ".json", ".csv", ".tsv")):
+        data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
+        feature = data.features.get(label_field)
+        to_name = getattr(getattr(feature, "feature", feature), "int2str", lambda label: label)
+        return [(f"row {i}", row | {label_field: to_name(row.get(label_field))}) for i, row in enumerate(data)]
+    with (open if name == source.lower() else gzip.open)(source, "rt", encoding="utf-8-sig", newline="") as file:
+        if name.endswith((".jsonl", ".json")):
+            return [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
+        csv.field_size_limit(2**31 - 1)  # a document is longer than the default
+        table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
+            sys.exit(f"{source}, line 1: a column is named twice")
+        try:
+            return [(f"line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            sys.exit(f"{source}, line {table.line_num}: {error}")
+
+
+def load(source: str, options: Options) -> list[dict]:
+    """Rows of a text and of a label, which is a string, or of a list of labels."""
+    rows = []
+    for place, row in read(source, options.label_field):
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            text, label = row[options.text_field], row[options.label_field]
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            sys.exit(f"{source}, {place}: no row of a text and a label ({error!r})")
+        labels = label if isinstance(label, list) else [label]
+        if None in row:
+            sys.exit(f"{source}, {place}: more fields than line 1 has; a field with commas has to be in double quotes")
+        if not all(isinstance(each, str | int) and each != "" for each in labels) or len(set(labels)) < len(labels):
+            sys.exit(f"{source}, {place}: {label!r} is not a label (string, integer), nor a list of them, each once")
+        if isinstance(label, str) and label[0] + label[-1] == "[]":
+            sys.exit(f"{source}, {place}: {label} would be a single label; lists of labels need JSON lines")
+        rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
+    return rows or sys.exit(f"{source}: no rows")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="macro_f1", restore_callback_states_from_checkpoint=True, learning_rate=1e-4, per_device_train_batch_size=4,
+        per_device_eval_batch_size=4, logging_steps=10, report_to="none",
+    )  # fmt: skip
+    options, training = parser.parse_args_into_dataclasses(argv)
+    output = Path(training.output_dir)
+    if (output / "test_results.json").exists():
+        return print(f"already done: {output} (another run needs another --output_dir)")
+
+    train, test = load(options.train, options), load(options.test, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
+    labels = [row["label"] for row in train + validation + test]
+    several = isinstance(labels[0], list)
+    names = sorted({name for label in labels for name in (label if isinstance(label, list) else [label])})
+    if len({type(label) for label in labels}) > 1 or len(names) < 2 or (several and names == ["0", "1"]):
+        sys.exit(f"two labels or more are wanted, a list in each row or in none, no vectors of 0 and 1; found {names}")
+
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    transformers.set_seed(training.seed)  # for the weights of the new head
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoint or options.model, trust_remote_code=True, ignore_mismatched_sizes=True,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+        problem_type="multi_label_classification" if several else "single_label_classification",
+    )  # fmt: skip
+    length = options.max_length or model.config.max_position_embeddings
+
+    def encode(row: dict) -> dict:
+        label = [float(name in row["label"]) for name in names] if several else names.index(row["label"])
+        return {**tokenizer(row["text"], truncation=True, max_length=length), "labels": label}
+
+    def compute_metrics(found: transformers.EvalPrediction) -> dict[str, float]:
+        f1 = f1_score(found.label_ids, found.predictions, average="macro", zero_division=0)
+        return {"accuracy": accuracy_score(found.label_ids, found.predictions), "macro_f1": f1}
+
+    splits = train, validation, test
+    data = [Dataset.from_list(rows).map(encode, remove_columns=["text", "label"]) for rows in splits]
+    cut = sum(len(ids) >= length for ids in data[0]["input_ids"])
+    print(f"{len(train)} rows to train on, {cut} of them cut at {length} tokens; labels: {', '.join(names)}")
+    trainer = transformers.Trainer(
+        model=model, args=training, train_dataset=data[0], eval_dataset=data[1], compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits > 0 if several else logits.argmax(-1),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        callbacks=[transformers.EarlyStoppingCallback(options.patience)],
+    )  # fmt: skip
+    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
+    model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    trainer.save_model()
+    tokenizer.save_pretrained(output)
+
+    result = trainer.predict(data[2])
+    if (result.predictions == result.predictions[0]).all():
+        print("warning: the model predicts the same for every text: train longer, or with another --learning_rate")
+    predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
+    pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
+    if trainer.is_world_process_zero():
+        pairs.to_json(output / "predictions.jsonl")
+    trainer.log_metrics("test", result.metrics)
+    trainer.save_metrics("test", result.metrics, combined=False)
+
+
+if __name__ == "__main__":
+    main()

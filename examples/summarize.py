@@ -1,0 +1,154 @@
+"""Fine-tune a sequence-to-sequence model to summarize long documents. A row has a document and its summary:
+{"document": "A long text ...", "summary": "A short one."}.
+
+    python examples/summarize.py --train train.jsonl --test test.csv --output_dir runs/summaries
+    python examples/summarize.py --train ccdv/arxiv-summarization:train --test ccdv/arxiv-summarization:test --bf16 \\
+        --document_field article --summary_field abstract --max_target_length 256 --output_dir runs/arxiv
+
+The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
+is started again. Needs `pip install ".[summarization]"`.
+"""
+
+import csv
+import functools
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.model_selection import train_test_split
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+rouge = functools.cache(RougeScorer(ROUGE, use_stemmer=True).score)  # a study scores the same pairs many times
+
+
+@dataclass
+class Options:
+    train: str = HfArg(
+        help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
+    )
+    test: str = HfArg(help="the same, to score the best model on")
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
+    document_field: str = HfArg(default="document", help="name of the document in a row")
+    summary_field: str = HfArg(default="summary", help="name of the summary in a row")
+    model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
+    max_length: int | None = HfArg(default=None, help="tokens read of a document; None: as many as the model can")
+    max_target_length: int = HfArg(default=128, help="tokens of a summary")
+    beams: int = HfArg(default=4, help="beams of the search for a summary")
+    no_repeat_ngrams: int = HfArg(default=3, help="no so many tokens twice in a summary; 0: no rule")
+    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+
+
+def read(source: str) -> list[tuple[str, dict | str]]:
+    """The place of each row, and the row or its JSON."""
+    name = source.lower().removesuffix(".gz")
+    if not name.endswith((".jsonl", ".json", ".csv", ".tsv")):
+        data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
+        return [(f"row {i}", row) for i, row in enumerate(data)]
+    with (open if name == source.lower() else gzip.open)(source, "rt", encoding="utf-8-sig", newline="") as file:
+        if name.endswith((".jsonl", ".json")):
+            return [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
+        csv.field_size_limit(2**31 - 1)  # a document is longer than the default
+        table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
+            sys.exit(f"{source}, line 1: a column is named twice")
+        try:
+            return [(f"line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            sys.exit(f"{source}, line {table.line_num}: {error}")
+
+
+def load(source: str, options: Options) -> list[dict]:
+    """Rows of a document and its summary."""
+    rows = []
+    for place, row in read(source):
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            pair = row[options.document_field], row[options.summary_field]
+            pair = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in pair]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            sys.exit(f"{source}, {place}: no row of a document and a summary ({error!r})")
+        if None in row or not all(map(str.strip, pair)):
+            sys.exit(f"{source}, {place}: more fields than line 1 has (quote those with commas), or an empty text")
+        rows.append({"document": pair[0], "summary": pair[1]})
+    return rows or sys.exit(f"{source}: no rows")
+
+
+def scores(references: list[str], predictions: list[str]) -> dict[str, float]:
+    """F-measures of ROUGE, with stemming."""
+    found = [rouge(*pair) for pair in zip(references, predictions, strict=True)]
+    return {name: float(np.mean([each[name].fmeasure for each in found])) for name in ROUGE}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Options, transformers.Seq2SeqTrainingArguments), description=__doc__)
+    parser.set_defaults(
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True, learning_rate=3e-4, per_device_train_batch_size=4,
+        per_device_eval_batch_size=4, logging_steps=10, report_to="none", predict_with_generate=True,
+    )  # fmt: skip
+    options, training = parser.parse_args_into_dataclasses(argv)
+    output = Path(training.output_dir)
+    if (output / "test_results.json").exists():
+        return print(f"already done: {output} (another run needs another --output_dir)")
+
+    train, test = load(options.train, options), load(options.test, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
+
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    transformers.set_seed(training.seed)  # for the weights of the new cross-attention
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint or options.model, trust_remote_code=True)
+    longest = options.max_target_length + 1  # with the token that the decoder starts from
+    search = {"num_beams": options.beams, "no_repeat_ngram_size": options.no_repeat_ngrams}
+    model.generation_config.update(max_length=longest, **search)
+    length = options.max_length or model.config.max_position_embeddings
+
+    def encode(row: dict) -> dict:
+        """Labels without [CLS], which the decoder starts from, but with [SEP], which ends a summary."""
+        inputs = tokenizer(row["document"], truncation=True, max_length=length, return_token_type_ids=False)
+        labels = tokenizer(row["summary"], truncation=True, max_length=longest)["input_ids"][1:]
+        return {**inputs, "labels": labels}
+
+    data = [Dataset.from_list(rows).map(encode, remove_columns=list(rows[0])) for rows in (train, validation, test)]
+    cut = sum(len(ids) >= length for ids in data[0]["input_ids"])
+    print(f"{len(train)} rows to train on, {cut} of them cut at {length} tokens")
+    trainer = transformers.Seq2SeqTrainer(
+        model=model, args=training, train_dataset=data[0], eval_dataset=data[1],
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model),
+        callbacks=[transformers.EarlyStoppingCallback(options.patience)],
+    )  # fmt: skip
+    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
+    model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    trainer.save_model()
+    tokenizer.save_pretrained(output)
+
+    result = trainer.predict(data[2])
+    ids = np.where(result.predictions < 0, tokenizer.pad_token_id, result.predictions)
+    predicted = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    references = [row["summary"] for row in test]
+    metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
+    if len(set(predicted)) == 1 < len(predicted):
+        print("warning: the model writes the same for every document: train longer, or with another --learning_rate")
+    if trainer.is_world_process_zero():
+        Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
+    trainer.log_metrics("test", metrics)
+    trainer.save_metrics("test", metrics, combined=False)
+
+
+if __name__ == "__main__":
+    main()

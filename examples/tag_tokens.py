@@ -1,0 +1,168 @@
+"""Fine-tune a model to tag the words of long documents, such as names. A row has words and as many BIO tags:
+{"tokens": ["Old", "Jordan", "sat"], "tags": ["B-PER", "I-PER", "O"]}.
+
+    python examples/tag_tokens.py --train train.jsonl --test test.jsonl --output_dir runs/names
+    python examples/tag_tokens.py --train eriktks/conll2003:train --test eriktks/conll2003:test --tags_field ner_tags \\
+        --bf16 --output_dir runs/conll
+
+The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
+is started again. Needs `pip install ".[fine-tuning]"`.
+"""
+
+import gzip
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from sklearn.model_selection import train_test_split
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+
+@dataclass
+class Options:
+    train: str = HfArg(help="file (.jsonl, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)")
+    test: str = HfArg(help="the same, to score the best model on")
+    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
+    tokens_field: str = HfArg(default="tokens", help="name of the list of words in a row")
+    tags_field: str = HfArg(default="tags", help="name of the list of tags in a row")
+    model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
+    max_length: int | None = HfArg(default=None, help="tokens read at once; None: as many as the model can")
+    pieces: bool = HfArg(default=False, help="read longer documents in pieces; otherwise what is beyond is missed")
+    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+
+
+def load(source: str, options: Options) -> list[dict]:
+    """Rows of words and their tags."""
+    if source.lower().endswith((".jsonl", ".json", ".gz")):
+        with (gzip.open if source.lower().endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
+            found = [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
+    else:
+        data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
+        to_names = getattr(getattr(data.features[options.tags_field], "feature", None), "int2str", list)
+        rows = [row | {options.tags_field: to_names(row[options.tags_field])} for row in data]
+        found = [(f"row {i}", row) for i, row in enumerate(rows)]
+    rows = []
+    for place, row in found:
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            words = [word.encode("utf-16", "surrogatepass") for word in row[options.tokens_field]]
+            words = [word.decode("utf-16", "replace") for word in words]  # halves of surrogate pairs are no text
+            tags = [re.fullmatch("O|[BI]-.+", tag).group() for tag in row[options.tags_field]]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            sys.exit(f"{source}, {place}: not a list of words and one of tags (O, B-TYPE, I-TYPE): {error!r}")
+        if not 0 < len(words) == len(tags):
+            sys.exit(f"{source}, {place}: {len(words)} words and {len(tags)} tags; each word needs a tag")
+        rows.append({"words": words, "tags": tags})
+    return rows or sys.exit(f"{source}: no rows")
+
+
+def entities(tags: list[str]) -> list[tuple[int, int, str]]:
+    """First word, one past the last, and type of each entity; an I- tag that continues none begins one."""
+    found = []
+    for place, tag in enumerate(tags):
+        if tag[0] == "I" and found and found[-1][1:] == (place, tag[2:]):
+            found[-1] = (found[-1][0], place + 1, tag[2:])
+        elif tag != "O":
+            found.append((place, place + 1, tag[2:]))
+    return found
+
+
+def scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, whose words and type have to be right: of all, and of each type."""
+    pair = references, predictions
+    gold, made = ({(i, *each) for i, tags in enumerate(rows) for each in entities(tags)} for rows in pair)
+    result = {}
+    for kind in ["", *sorted({each[-1] for each in gold | made})]:
+        wanted, found = ({each for each in group if kind in ("", each[-1])} for group in (gold, made))
+        right, end = len(wanted & found), f"_{kind}" if kind else ""
+        result |= {f"precision{end}": right / max(len(found), 1), f"recall{end}": right / max(len(wanted), 1)}
+        result[f"f1{end}"] = 2 * right / max(len(wanted) + len(found), 1)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True, learning_rate=3e-4, per_device_train_batch_size=4,
+        per_device_eval_batch_size=4, logging_steps=10, report_to="none",
+    )  # fmt: skip
+    options, training = parser.parse_args_into_dataclasses(argv)
+    output = Path(training.output_dir)
+    if (output / "test_results.json").exists():
+        return print(f"already done: {output} (another run needs another --output_dir)")
+
+    train, test = load(options.train, options), load(options.test, options)
+    held_out = load(options.validation, options) if options.validation else None
+    train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
+    types = sorted({tag[2:] for row in train + validation + test for tag in row["tags"] if tag != "O"})
+    if not types:
+        sys.exit("no row has an entity: all tags are O, and some are to be B-TYPE and I-TYPE")
+    names = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
+
+    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
+    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    transformers.set_seed(training.seed)  # for the weights of the new head
+    model = transformers.AutoModelForTokenClassification.from_pretrained(
+        checkpoint or options.model, trust_remote_code=True, ignore_mismatched_sizes=True,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+    )  # fmt: skip
+    length = options.max_length or model.config.max_position_embeddings
+
+    def encode(rows: list[dict]) -> Dataset:
+        """Documents or their pieces. The first token of a word has the word's number and tag, any other -1 and -100."""
+        features = []
+        for number, row in enumerate(rows):
+            first = tokenizer(row["words"], is_split_into_words=True, truncation=True, max_length=length).encodings[0]
+            seen = {None}
+            for piece in [first, *first.overflowing] if options.pieces else [first]:
+                words = [-1 if word in seen or seen.add(word) else word for word in piece.word_ids]
+                labels = [names.index(row["tags"][word]) if word >= 0 else -100 for word in words]
+                features.append({"input_ids": piece.ids, "labels": labels, "words": words, "row": number})
+        return Dataset.from_list(features)
+
+    data = [encode(rows) for rows in (train, validation, test)]
+    print(
+        f"{len(train)} rows to train on, as {len(data[0])} texts of up to {length} tokens; entities: {', '.join(types)}"
+    )
+    trainer = transformers.Trainer(
+        model=model, args=training, train_dataset=data[0], eval_dataset=data[1],
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        data_collator=transformers.DataCollatorForTokenClassification(tokenizer),
+        callbacks=[transformers.EarlyStoppingCallback(options.patience)],
+    )  # fmt: skip
+    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
+    model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    trainer.save_model()
+    tokenizer.save_pretrained(output)
+
+    result = trainer.predict(data[2])
+    predicted = [["O"] * len(row["words"]) for row in test]  # also of words that were not read
+    for piece, numbers in zip(data[2], result.predictions, strict=True):
+        for word, number in zip(piece["words"], numbers, strict=False):  # which are padded
+            if word >= 0:
+                predicted[piece["row"]][word] = names[number]
+    references = [row["tags"] for row in test]
+    if not any(map(entities, predicted)):
+        print("warning: the model finds no entity at all: train longer, or with another --learning_rate")
+    if trainer.is_world_process_zero():
+        Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
+    metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
+    trainer.log_metrics("test", metrics)
+    trainer.save_metrics("test", metrics, combined=False)
+
+
+if __name__ == "__main__":
+    main()

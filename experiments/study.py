@@ -1,0 +1,217 @@
+"""Run a training example with several lengths and seeds, score it beside baselines, and print a table.
+
+    python -m experiments.study classify --output runs/topics --lengths 512 4096 --seeds 1 2 3 --baselines \\
+        --train train.jsonl.gz --test test.jsonl.gz --bf16 --learning_rate 3e-4
+
+All other options are the example's. OUTPUT gets `results.json`, `results.md`, and a folder for each run. Started again with
+the same arguments, finished runs are kept and a killed one goes on from its last checkpoint; more lengths and seeds may be
+asked for. With several GPUs: `torchrun --nproc-per-node 4 -m experiments.study ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from scipy.stats import bootstrap
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import MultiLabelBinarizer
+from torch import distributed
+from transformers import AutoTokenizer
+
+from experiments.baselines import BASELINES
+from pretraining.training_support import check_same_run, describe_machine, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+RESAMPLES = 1000  # of the test documents, for the intervals
+
+
+def load_example(name: str) -> ModuleType:
+    """A file of examples/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def classification_scores(references: list, predictions: list) -> dict[str, float]:
+    """Accuracy (of lists: all labels right) and F1, of labels or lists of labels."""
+    averages = ["macro"]
+    if isinstance(references[0], list):
+        binarizer = MultiLabelBinarizer().fit([*references, *predictions])
+        references, predictions = binarizer.transform(references), binarizer.transform(predictions)
+        averages = ["micro", "macro"]
+    f1 = {f"{name}_f1": float(f1_score(references, predictions, average=name, zero_division=0)) for name in averages}
+    return {"accuracy": float(accuracy_score(references, predictions)), **f1}
+
+
+def sample_lines(path: str, limit: int, folder: Path) -> str:
+    """A file with that many lines of a JSON lines file, drawn at random but always the same ones."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        lines = [line.rstrip("\n") + "\n" for line in file if line.strip()]
+    chosen = random.Random(0).sample(range(len(lines)), min(limit, len(lines)))
+    target = folder / f"{limit}-of-{Path(path).name.split('.')[0]}.jsonl"
+    write_atomically(target, "".join(lines[index] for index in chosen).encode())
+    return str(target)
+
+
+def intervals(lines: Sequence[dict], score: Callable[[list, list], dict[str, float]]) -> dict[str, list[float]]:
+    """The 95 % bootstrap interval of each score. Documents are resampled, not what was counted in them."""
+    documents = {}
+    for number, line in enumerate(lines):
+        documents.setdefault(line.get("document", number), []).append(line)
+    groups = list(documents.values())
+    names = list(score(*columns(lines)))
+
+    def statistic(chosen: np.ndarray, axis: int) -> np.ndarray:
+        samples = [[line for index in row for line in groups[index]] for row in np.atleast_2d(chosen)]
+        found = [score(*columns(sample)) for sample in samples]
+        return np.array([[values.get(name, 0.0) for values in found] for name in names])
+
+    options = {"method": "percentile", "n_resamples": RESAMPLES, "vectorized": True, "rng": 0}
+    low, high = bootstrap((np.arange(len(groups)),), statistic, **options).confidence_interval
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
+
+
+def columns(lines: Sequence[dict]) -> tuple[list, list]:
+    return [line["reference"] for line in lines], [line["prediction"] for line in lines]
+
+
+def summarize(runs: dict[str, list[dict]], score: Callable[[list, list], dict[str, float]]) -> dict[str, dict]:
+    """Of each score of a system its mean over the seeds, each seed's value, and their standard deviation or, of a single
+    one, the bootstrap interval over the test documents."""
+    by_seed = {seed: score(*columns(lines)) for seed, lines in runs.items()}
+    spread = intervals(next(iter(runs.values())), score) if len(runs) == 1 else {}
+    summary = {}
+    for name in dict.fromkeys(name for found in by_seed.values() for name in found):
+        values = {seed: found.get(name, 0.0) for seed, found in by_seed.items()}
+        deviation = float(np.std([*values.values()], ddof=1)) if len(values) > 1 else None
+        mean = float(np.mean([*values.values()]))
+        summary[name] = {"mean": mean, "deviation": deviation, "interval": spread.get(name), "seeds": values}
+    return summary
+
+
+def format_cell(found: dict | None) -> str:
+    """A score in percent: with its interval, or as mean ± standard deviation and each seed's value."""
+    if found is None:
+        return ""
+    if found["interval"]:
+        return "{:.1f} ({:.1f}-{:.1f})".format(*(100 * value for value in (found["mean"], *found["interval"])))
+    each = ", ".join(f"{100 * value:.1f}" for value in found["seeds"].values())
+    return f"{100 * found['mean']:.1f} ± {100 * found['deviation']:.1f} ({each})"
+
+
+def format_table(results: dict) -> str:
+    """The results as Markdown."""
+    systems = results["systems"]
+    lines = ["| score | " + " | ".join(systems) + " |", "| --- " * (1 + len(systems)) + "|"]
+    for name in dict.fromkeys(name for scores in systems.values() for name in scores):
+        cells = [format_cell(scores.get(name)) for scores in systems.values()]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    runs = ["| tokens | seed | steps | best step | seconds |", "| --- " * 5 + "|"]
+    row = "| {length:,} | {seed} | {steps} | {best_step} | {seconds:,.0f} |"
+    runs += [row.format_map(each) for each in results["runs"]]
+    facts = (
+        f"{results['lines']:,} test rows, in percent; with 95 % bootstrap intervals over documents, or of several seeds\n"
+        "mean ± standard deviation and each seed's value."
+    )
+    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    return "\n".join([*lines, "", facts, "", *runs, "", machine, "", f"```text\n{results['command']}\n```", ""])
+
+
+def describe_run(output: Path, length: int, seed: int) -> dict:
+    """What the results say of a run."""
+    states = [json.loads(path.read_text()) for path in output.glob("checkpoint-*/trainer_state.json")]
+    state = max(states, key=lambda state: state["global_step"])
+    return {
+        "length": length, "seed": seed, "steps": state["global_step"], "history": state["log_history"],
+        "best_step": int(Path(state["best_model_checkpoint"]).name.split("-")[1]),
+        "seconds": json.loads((output / "seconds.json").read_text()),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
+    """The table, or None in a process other than the first."""
+    example = load_example(args.example)
+    parser = example.HfArgumentParser(example.Options)
+    options, _ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if is_first:
+        limits = [args.limit_train, args.limit_test]
+        check_same_run(args.output, {"example": args.example, "options": rest, "limits": limits})
+    for split, limit in (("train", args.limit_train), ("test", args.limit_test)):
+        if limit:
+            setattr(options, split, sample_lines(getattr(options, split), limit, args.output))
+    rest = [*rest, "--train", options.train, "--test", options.test]
+    runs = [(args.output / f"length-{n}" / f"seed-{seed}", n, seed) for n in args.lengths for seed in args.seeds]
+    for output, length, seed in runs:
+        started = time.perf_counter()
+        example.main([*rest, "--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)])
+        if is_first and not (output / "seconds.json").exists():  # of a resumed run those of the rest
+            write_atomically(output / "seconds.json", json.dumps(time.perf_counter() - started).encode())
+    if not is_first:
+        return None
+    systems = {}
+    for output, length, seed in runs:
+        lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        systems.setdefault(f"model, {length:,} tokens", {})[str(seed)] = lines
+    if args.baselines:
+        train, test = example.load(options.train, options), example.load(options.test, options)
+        if options.validation is None:  # as the example splits it
+            train, _ = train_test_split(train, test_size=0.1, random_state=0)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        for name, predictions in BASELINES[args.example](train, test, tokenizer, args.lengths).items():
+            systems[name] = {"-": [line | {"prediction": made} for line, made in zip(lines, predictions, strict=True)]}
+    score = getattr(example, "scores", classification_scores)
+    results = {
+        "command": command,
+        "systems": {name: summarize(found, score) for name, found in systems.items()},
+        "lines": len(lines),
+        "runs": [describe_run(*each) for each in runs],
+        "machine": describe_machine(),
+    }
+    table = format_table(results)
+    write_atomically(args.output / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(args.output / "results.md", table.encode())
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("example", choices=list(BASELINES), help="which one, with its own options behind")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the results")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="--max_length of a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="--seed of a run")
+    parser.add_argument("--baselines", action="store_true", help="score baselines too")
+    parser.add_argument("--limit-train", type=int, help="lines of the training file, drawn at random")
+    parser.add_argument("--limit-test", type=int, help="lines of the test file, drawn at random")
+    args, rest = parser.parse_known_args(argv)
+    command = shlex.join(["python", "-m", "experiments.study", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        table = run(args, rest, command)
+    except (OSError, ValueError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    if table is not None:
+        print(table)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort an interpreter that ends before them
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What pre-training and the studies share: files that are whole or not there, and checkpoints that are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that no reader, and no kill in between, ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each has its own
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def check_same_run(output: Path, arguments: dict) -> None:
+    """Note the arguments of what lies in a folder, which that of other arguments must not be mixed with.
+
+    Raises:
+        ValueError: the folder holds a run with other arguments.
+    """
+    path, given = output / "arguments.json", json.loads(json.dumps(arguments, default=str))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else given
+    other = [f"{name} {before.get(name)}, not {given[name]}" for name in given if given[name] != before.get(name)]
+    if other:
+        raise ValueError(f"{output} holds a run with other arguments: {'; '.join(other)}")
+    write_atomically(path, (json.dumps(given, indent=1) + "\n").encode())
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint once every process has saved its part: the Trainer itself does not wait for the others."""
+
+    def on_save(self, args, state, control, **kwargs):
+        from accelerate import PartialState  # as the Trainer does; what does not train does without
+
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", "complete").touch()
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that `MarkComplete` has marked."""
+    found = [path.parent for path in output.glob("checkpoint-*/complete")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+class Arguments(TrainingArguments):
+    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
+    which PyTorch cannot load anything."""
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+def describe_machine() -> dict[str, str]:
+    """The device and the versions of what was run on it."""
+    cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "on": device}
