@@ -62,11 +62,13 @@ def select_sparse_tokens(
     with without_autocast(key.device):
         if kind == "pooling":
             return weighted_means(key, value, *mean_weights(visible, factor, at_least_float32(key)))
-        if kind == "lsh" and pattern.hash_rounds:
-            return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
-        if kind in ("bos_pooling", "lsh"):  # "lsh" with a factor of `sparse_block_size` is defined as "bos_pooling"
+        if kind == "bos_pooling":
             return weighted_means(key, value, *first_query_weights(first_query, key, visible, factor))
-    raise ValueError(f"`sparsity_type` {kind!r} is unknown.")
+        if kind == "lsh":
+            if factor == pattern.sparse_block_size:  # by definition the same as "bos_pooling"
+                return weighted_means(key, value, *first_query_weights(first_query, key, visible, factor))
+            return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
+    raise ValueError(f"`sparsity_type` {kind!r} has no branch in `select_sparse_tokens`.")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

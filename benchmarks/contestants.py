@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Size
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 
 TOLERANCE = 1e-4  # between ours and ALBERT in float32, of outputs that a layer norm has brought to the size of 1
 PACKING_FIELD = "pack_padding"  # the field of our configuration that says whether padded batches are packed
 
-OTHER_SELECTIONS = ("pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
+OTHER_SELECTIONS = tuple(name for name in SPARSITY_TYPES if name != "norm")
 
 
 class WrongOutput(ValueError):

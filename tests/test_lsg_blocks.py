@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import lsg_albert
 from helpers import checkpoint_activations
+from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_blocks import list_blocks
 from lsg_albert.modeling_lsg_albert import LSGAlbertForMaskedLM, LSGAlbertModel
 
@@ -53,7 +54,7 @@ def test_accelerate_moves_blocks_to_a_layers_device():
     assert moved.row.is_meta and moved.visible.is_meta and moved.kept.is_meta and moved.row_length == 12
 
 
-@pytest.mark.parametrize("sparsity_type", ["norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"])
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("num_globals", [1, 3])
 def test_leaving_padding_out_changes_no_output_and_no_gradient(tiny_config, sparsity_type, num_globals):
     model = LSGAlbertModel(tiny_config(sparsity_type=sparsity_type, num_global_tokens=num_globals)).double().eval()
