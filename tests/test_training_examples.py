@@ -221,6 +221,26 @@ def test_the_best_model_is_not_the_last_one(command, tmp_path):
     assert all(torch.equal(final[key], best[key]) for key in best)
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+def test_words_beyond_the_length_are_missed_or_read_in_pieces(command, tmp_path, capsys, pieces):
+    options = ["--max_length", "16", *["--pieces"] * pieces]
+    scripts["tag_tokens"].main(command("tag_tokens", tmp_path, *options))
+    beyond = [tag for line in predictions(tmp_path) for tag in line["prediction"][14:]]  # 16 with [CLS] and [SEP]
+    assert len(beyond) > 50 and (set(beyond) == {"O"}) == (not pieces)
+    found = results(tmp_path)
+    assert (found["test_recall"] > 0.9) == pieces
+    texts = int(re.search(r"32 rows to train on, as (\d+) texts", capsys.readouterr().out)[1])
+    assert (texts == 32) == (not pieces)
+
+
+def test_answers_beyond_the_length_are_not_trained_on_and_count_as_missed(command, tmp_path, capsys):
+    options = ["--max_length", "20", "--max_steps", "2"]
+    scripts["answer_questions"].main(command("answer_questions", tmp_path, *options))
+    used, of = map(int, re.search(r"(\d+) of (\d+) questions", capsys.readouterr().out).groups())
+    assert 0 < used < of == 32
+    assert all(len(line["prediction"].split()) <= 16 for line in predictions(tmp_path))
+
+
 def test_training_stops_when_out_of_patience(command, tmp_path):
     options = [
         "--patience",
