@@ -68,7 +68,7 @@ def select_sparse_tokens(
             if factor == pattern.sparse_block_size:  # by definition the same as "bos_pooling"
                 return weighted_means(key, value, *first_query_weights(first_query, key, visible, factor))
             return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
-    raise ValueError(f"`sparsity_type` {kind!r} has no branch in `select_sparse_tokens`.")
+    raise ValueError(f"`sparsity_type` {kind!r} is unknown: it has no branch here.")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
