@@ -132,3 +132,6 @@ class Seq2SeqTest(_Common, unittest.TestCase):
 
     @pytest.mark.skip(reason="`GenerationTesterMixin` is not in the source distribution")
     def test_generation_tester_mixin_inheritance(self) -> None: ...
+
+    @pytest.mark.skip(reason="it wants a warning for `past_key_values`, which is one of our two names of the cache")
+    def test_bc_cache_name_forward(self) -> None: ...
