@@ -1,4 +1,7 @@
-"""Configuration of LSG-ALBERT: ALBERT with local + sparse + global attention."""
+"""Configuration of LSG-ALBERT: ALBERT with local + sparse + global attention.
+
+`LSGAlbertConfig` has ALBERT's fields and those of the attention pattern, and checks them all when it is created.
+"""
 
 import difflib
 import inspect
@@ -15,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
-MAX_GLOBAL_TOKENS = 512  # rows of the table of global embeddings, in every published checkpoint
+MAX_GLOBAL_TOKENS = 512  # rows of the global embedding table in every published checkpoint
 
 # The fields that ALBERT does not have. A conversion takes each of them as an option and writes them all.
 LSG_FIELDS = (
@@ -45,7 +48,7 @@ AUTO_MAP = {
     "AutoModelForMultipleChoice": "modeling_lsg_albert.LSGAlbertForMultipleChoice",
 }
 
-# Inclusive (lowest, highest) value of every integer field; None is no limit.
+# Inclusive (lowest, highest) value of every integer field; None means no limit.
 _INTEGER_FIELDS = {
     "vocab_size": (1, None),
     "embedding_size": (1, None),
@@ -94,8 +97,8 @@ _POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
 class LSGAlbertConfig(PretrainedConfig):
     r"""
     Configuration of an LSG-ALBERT model. ALBERT's fields keep ALBERT's names and meaning; the defaults are those of
-    ALBERT-base with 4,096 positions. Sizes of the attention pattern count tokens. A model takes its pattern from the
-    configuration when it is made; fields that are set later do not change it.
+    ALBERT-base with 4,096 positions. Sizes of the attention pattern count tokens. A model reads its pattern from the
+    configuration when it is created; fields that are set later do not change the model's pattern.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 30000):
@@ -105,7 +108,7 @@ class LSGAlbertConfig(PretrainedConfig):
         hidden_size (`int`, *optional*, defaults to 768):
             Width of the encoder; a multiple of `num_attention_heads`.
         num_hidden_layers (`int`, *optional*, defaults to 12):
-            How often a layer group is applied.
+            Number of layers. Each of them applies one layer group.
         num_hidden_groups (`int`, *optional*, defaults to 1):
             Number of layer groups; the layers of one group share their parameters.
         num_attention_heads (`int`, *optional*, defaults to 12):
@@ -125,20 +128,20 @@ class LSGAlbertConfig(PretrainedConfig):
         type_vocab_size (`int`, *optional*, defaults to 2):
             Number of token types.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly drawn weights.
+            Standard deviation of randomly initialized weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer normalizations.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout before a classifier; `None` means `hidden_dropout_prob`, and is saved as that number.
+            Dropout before a classifier; `None` means `hidden_dropout_prob`, whose number is then saved.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` adds position embeddings. ALBERT's other values are accepted with a warning and add none.
+            `"absolute"` adds position embeddings. ALBERT's other values give a warning and add no embeddings.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to 0, 2, 3):
             Ids of the padding, beginning and end tokens.
         decoder_start_token_id (`int`, *optional*):
             Id that a decoder starts with; `None` means `bos_token_id`.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a decoder returns the keys and values that the next token needs. Read from the file of a
-            sequence-to-sequence model only: that of an encoder has no say in it.
+            Whether a decoder returns the keys and values that the next token needs. A saved value is read only from
+            the config of a sequence-to-sequence model; the value in an encoder's config is ignored.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
@@ -153,20 +156,21 @@ class LSGAlbertConfig(PretrainedConfig):
         num_global_tokens (`int`, *optional*, defaults to 1):
             Global tokens before the text, 1 to 512. They see and are seen by every token.
         mask_first_token (`bool`, *optional*, defaults to `False`):
-            Hides the first text token ([CLS]) as a key, whose part a global token made from [CLS] then plays.
+            Hides the first text token ([CLS]) from all queries. A global token made from [CLS] then takes its place.
         pool_with_global (`bool`, *optional*, defaults to `True`):
-            Replaces the first output by that of the first global token. Needed by `mask_first_token`.
+            Returns the first global token's output in place of the first text token's. `mask_first_token` needs this.
         adaptive (`bool`, *optional*, defaults to `True`):
-            Pads inputs to a multiple of `block_size` by itself, and removes that padding from the outputs.
+            Pads inputs to a multiple of `block_size` automatically, and removes that padding from the outputs.
         pack_padding (`bool`, *optional*, defaults to `True`):
-            Leaves out whole blocks of padding behind the texts of a batch; the outputs there are then zeros, and work
-            is done for real blocks only. A compiled or exported model computes the padding all the same.
+            Leaves out whole blocks of padding at the end of a text, so that only real blocks cost time. The outputs of
+            blocks that are left out are zeros. A compiled or exported model still computes these blocks.
         lsh_num_pre_rounds (`int`, *optional*, defaults to 1):
             Hashing rounds of `"lsh"` before the last one. Also accepted as `lsg_num_pre_rounds`.
         lsh_seed (`int`, *optional*, defaults to 0):
-            Seed of the random projections of `"lsh"`; `None` draws them anew from torch's global generator.
+            Seed of the random projections of `"lsh"`. With `None`, torch's global generator draws new ones in each
+            forward pass.
         pass_global_tokens_to_decoder (`bool`, *optional*, defaults to `True`):
-            Whether a decoder also attends to the global tokens' last states, before the text's.
+            Whether a decoder also attends to the global tokens' last states. They come before those of the text.
 
     Raises:
         ValueError: a field has an impossible value; the message names field, value and remedy.
@@ -254,13 +258,13 @@ class LSGAlbertConfig(PretrainedConfig):
         self.lsh_seed = lsh_seed
         self.pass_global_tokens_to_decoder = pass_global_tokens_to_decoder
 
-        # Published checkpoints carry this mark; it is how a converter tells them from plain ALBERT.
+        # Published checkpoints carry this value. A converter tells them from plain ALBERT by it.
         self.base_model_prefix = base_model_prefix
         self.auto_map = {**AUTO_MAP, **(auto_map or {})}
 
-        # Without it `pipeline` of transformers 4.4x does not look for a tokenizer.
+        # Without this field, `pipeline` of transformers 4.4x does not look for a tokenizer.
         kwargs["tokenizer_class"] = kwargs.get("tokenizer_class") or "AlbertTokenizer"
-        self.check_fields()  # before the checks of transformers 5, which know neither field nor remedy
+        self.check_fields()  # first, because the errors of transformers 5 name neither field nor remedy
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -275,9 +279,11 @@ class LSGAlbertConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in `PretrainedConfig`, but keyword overrides pass the same checks as the values of the dictionary, and
-        `use_cache` of an encoder's dictionary is left out: a `Trainer` leaves a false there, which would slow down a
-        decoder that is made from it."""
+        """As in `PretrainedConfig`, but overrides are checked and an encoder's `use_cache` is ignored.
+
+        Keyword overrides pass the same checks as the values of the dictionary. A `Trainer` leaves `use_cache=False` in
+        an encoder's config, which would slow down a decoder that is made from it.
+        """
         fields = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map} - {"self", "kwargs"}
         overrides = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         merged = {}
@@ -288,8 +294,10 @@ class LSGAlbertConfig(PretrainedConfig):
         return super().from_dict(merged, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PretrainedConfig`, in the types that transformers' own ALBERT asks for: a float in place of an integer,
-        and the dropout that the `None` of `classifier_dropout_prob` means."""
+        """As in `PretrainedConfig`, but with the types that transformers' own ALBERT requires.
+
+        Integers in float fields become floats. A `classifier_dropout_prob` of None becomes `hidden_dropout_prob`.
+        """
         fields = super().to_dict()
         if fields["classifier_dropout_prob"] is None:
             fields["classifier_dropout_prob"] = fields["hidden_dropout_prob"]
@@ -400,7 +408,7 @@ def check_attn_implementation(name: str | None) -> None:
 
 
 def check_problem_type(name: str | None) -> None:
-    """Refuse a kind of loss that does not exist; None leaves the choice to the labels.
+    """Refuse an unknown kind of loss; None leaves the choice to the labels.
 
     Raises:
         ValueError: `name` is neither None nor one of `_PROBLEM_TYPES`.

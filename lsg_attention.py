@@ -6,8 +6,8 @@ arXiv 2210.15497. The geometry is in lsg_pattern.py, the selection in lsg_sparsi
 Dimension key:  B rows of the batch  H heads  G global tokens  T text tokens  D head_dim  E value width  N blocks
                 W block_size  L sparse tokens  M tokens in all  K keys per query block
 
-A row is G global tokens followed by its text. Masks are boolean, True = may be attended to. No query is ever without
-keys, as global tokens are always visible.
+A row is G global tokens followed by its text. Masks are boolean, True = may be attended to. Every query has keys,
+because global tokens are always visible.
 """
 
 import math
@@ -25,7 +25,7 @@ from .lsg_sparsity import SparseTokens, at_least_float32, select_sparse_tokens
 from .lsg_tracing import is_exported
 from .lsg_windows import KeyParts, key_windows
 
-MAP_COLUMNS = 512  # columns of an attention map computed at a time, which bounds the memory beside the map's own
+MAP_COLUMNS = 512  # columns of an attention map computed at a time; this bounds the memory needed beside the map
 
 
 def block_attention(
@@ -38,14 +38,14 @@ def block_attention(
     implementation: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
-    """LSG attention of rows that are listed block by block, as `BlockList.pack` lists them.
+    """LSG attention of listed tokens: all global tokens, then all blocks, in the order of `BlockList.pack`.
 
     Args:
         query, key: (H, M, D), M = B * G + N * W.
         value: (H, M, E).
-        blocks: which row each block is of, and which tokens may be attended to.
+        blocks: which row each block belongs to, and which tokens may be attended to.
         pattern: which keys a query sees.
-        projections: of "lsh", see `select_sparse_tokens`.
+        projections: for "lsh" only, see `select_sparse_tokens`.
         implementation: a name in `ATTENTION_FUNCTIONS`.
         dropout: the share of attention weights dropped.
 
@@ -75,7 +75,7 @@ def block_attention(
         text_context = window_attention(
             query_blocks, keys, values, owners, blocks.row, pattern, implementation, dropout
         )
-    # Token by token in memory, as the output projection reads it.
+    # Lay the context out token by token in memory: the output projection reads it in this order.
     contexts = [x.movedim(0, 2).flatten(0, 1) for x in (global_context, text_context)]
     return torch.cat(contexts).transpose(0, 1)
 
@@ -88,10 +88,10 @@ def sparse_tokens(
     pattern: LSGPattern,
     projections: tuple[Tensor, ...] = (),
 ) -> SparseTokens:
-    """The sparse tokens of listed blocks, for queries (H, N, W, D), keys (H, N * W, D) and values (H, N * W, E).
+    """The sparse tokens of listed blocks, from queries (H, N, W, D), keys (H, N * W, D) and values (H, N * W, E).
 
     Returns:
-        Keys (H, L, D), values (H, L, E) and visibility (1 or H, L); three times None without a sparse part.
+        Keys (H, L, D), values (H, L, E) and visibility (1 or H, L). All three are None without a sparse part.
     """
     if pattern.sparsity_type is None:
         return SparseTokens(None, None, None)
@@ -112,12 +112,12 @@ def window_attention(
     implementation: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
-    """The context of the blocks' queries, each block with a window of keys of its own.
+    """The context of the blocks' queries, where each block has its own window of keys.
 
     Args:
         query: (H, N, W, D).
-        keys, values: of all blocks, with D and E as their last dimension.
-        owners: the row that each key belongs to, -1 for one that is not visible; (1 or H, ...).
+        keys, values: the keys and values of all blocks, with D and E as their last dimension.
+        owners: the row that each key belongs to, or -1 if the key is not visible; (1 or H, ...).
         row: (N,), which row of the batch each block belongs to.
         pattern, implementation, dropout: as in `block_attention`.
 
@@ -133,7 +133,7 @@ def window_attention(
 
 
 def key_owners(blocks: BlockList, sparse_visible: Tensor | None, pattern: LSGPattern) -> KeyParts:
-    """The row that each key belongs to, -1 for one that is not visible; int32, the same for all heads or not.
+    """The row that each key belongs to, or -1 if the key is not visible; int32, with 1 or H heads.
 
     `sparse_visible` (1 or H, L) says which sparse tokens are visible; None without a sparse part.
     """
@@ -162,10 +162,10 @@ def global_attention(
 ) -> Tensor:
     """The context of the global tokens, which attend to all tokens of their row.
 
-    The softmax is put together from parts of a row, so that rows of different lengths need no padding.
+    The softmax is combined from the segments of each row, so rows of different lengths need no padding.
 
     Args:
-        query, key: (H, B, G, D) of the global tokens.
+        query, key: (H, B, G, D), of the global tokens.
         value: (H, B, G, E).
         text_key, text_value: (H, N * W, D) and (H, N * W, E).
         blocks, pattern, dropout: as in `block_attention`.
@@ -177,10 +177,10 @@ def global_attention(
     query = query / math.sqrt(query.shape[-1])
     text_key, text_value = (blocks.segments(x, 1) for x in (text_key, text_value))  # (H, Z, I, ...)
     scores = (query @ key.transpose(-1, -2)).to(dtype)  # (H, B, G, G)
-    # (H, Z, G, I); the other way round the keys would be copied
+    # (H, Z, G, I); a product in the other order would copy the keys
     text_scores = (text_key @ blocks.spread(query).transpose(-1, -2)).transpose(-1, -2).to(dtype)
     text_scores = text_scores.masked_fill(~blocks.segments(blocks.visible, 0)[:, None], -math.inf)
-    with torch.no_grad():  # the softmax does not depend on what is subtracted
+    with torch.no_grad():  # the softmax does not depend on the peak that is subtracted
         peak = blocks.maximum(scores.amax(-1), text_scores.amax(-1))
     weights = (scores - peak[..., None]).exp()
     text_weights = (text_scores - blocks.spread(peak)[..., None]).exp()
@@ -200,11 +200,11 @@ def lsg_attention(
     implementation: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
-    """LSG attention of a batch of rows; plain full attention where every token sees every other.
+    """LSG attention of a batch of rows; plain full attention if the text is so short that all tokens see each other.
 
     Args:
-        query, key: (B, H, G + T, D). T is at most `pattern.full_length`, or a multiple of the block size, which it
-            always is where `is_exported`.
+        query, key: (B, H, G + T, D). T is at most `pattern.full_length`, or a multiple of the block size. In an
+            exported graph it is always a multiple.
         value: (B, H, G + T, E).
         visible: (B, T) bool: which text tokens may be attended to.
         pattern, projections, implementation, dropout: as in `block_attention`.
@@ -227,9 +227,9 @@ def lsg_attention_map(
 ) -> Tensor:
     """The effective weights of `lsg_attention` on the tokens themselves, (B, H, G + T, G + T), without dropout.
 
-    The weight of a pooled or clustered key is spread over the tokens that it is a mean of, and a token seen twice has
-    the sum of both weights: every row sums to 1, and the map times the values is the context. As the context is
-    linear in the values, the map is the context of the identity matrix. Arguments as in `lsg_attention`.
+    The weight of a pooled or clustered key is spread over the tokens that the key averages. A token that is seen twice
+    has the sum of both weights. So every row sums to 1, and the map times the values is the context. The context is
+    linear in the values, so the map is the context of the identity matrix. Arguments as in `lsg_attention`.
     """
     identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
     columns = [

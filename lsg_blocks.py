@@ -1,10 +1,9 @@
-"""Batches as one list of blocks: rows of different lengths side by side, with blocks of padding left out.
+"""A batch as one list of blocks: one row's blocks follow those of the row before, and blocks of padding are left out.
 
-Three things look like padding, and each has a word of its own:
-  padding    the caller's tokens with 0 in `attention_mask`. Whole blocks of it at the end of a row are left out here.
+Three things look like padding. Each has its own word, and no query attends to any of them:
+  padding    tokens with 0 in the caller's `attention_mask`. Whole blocks of it at the end of a row are left out here.
   alignment  tokens that the encoder appends so that the last block is whole (`LSGAlbertEncoder.alignment`).
-  margins    places of a key window before the first token or after the last (lsg_windows.py).
-None of them is attended to.
+  margins    places of a key window that lie before the first token or after the last (lsg_windows.py).
 
 Dimension key:  B rows of the batch  G global tokens  T text tokens of a row  N blocks  W block_size  H heads
                 Z segments  I tokens of a segment
@@ -21,13 +20,13 @@ class BlockList:
     """The blocks of a batch's text, row after row.
 
     Args:
-        row: (N,) long, which row of the batch each block is of; ascending.
+        row: (N,) long, which row of the batch each block belongs to; ascending.
         visible: (N * W,) bool, which text tokens may be attended to.
         num_rows: B.
         row_length: T, tokens of text in a padded row; a multiple of W.
         block_size: W.
-        kept: (N,) long, the place of each block among all B * T / W blocks of the padded batch; None if all are here.
-        blank: (N,) bool, which of the blocks that are here `unpack` fills with zeros; None for none.
+        kept: (N,) long, the index of each block among all B * T / W blocks of the padded batch; None if all are kept.
+        blank: (N,) bool, which of the listed blocks `unpack` fills with zeros; None if it fills no block.
     """
 
     row: Tensor
@@ -39,40 +38,40 @@ class BlockList:
     blank: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "BlockList":
-        """The same on another device. Accelerate calls it where a model's layers lie on several."""
+        """The same list on another device. Accelerate calls this if a model's layers are on several devices."""
         tensors = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         return replace(self, **tensors)
 
     def first_of_row(self) -> Tensor:
-        """For each block the index of the first block of its row, (N,)."""
+        """For each block, the index of the first block of its row, (N,)."""
         if self.kept is None:
             return self.row * (self.row_length // self.block_size)
         return torch.searchsorted(self.row, self.row)
 
     def segments(self, x: Tensor, dim: int) -> Tensor:
-        """Split the dimension of text tokens into the longest runs of one row and one length, Z of I tokens.
+        """Split the dimension of text tokens into Z segments of I tokens, each of one row.
 
-        Whole rows if all blocks are here, else the blocks.
+        The segments are whole rows if no block is left out, and single blocks otherwise.
         """
         shape = (self.num_rows, self.row_length) if self.kept is None else (self.row.shape[0], self.block_size)
         return x.unflatten(dim, shape)
 
     def spread(self, x: Tensor) -> Tensor:
-        """What belongs to rows, for each of their segments: (H, B, ...) -> (H, Z, ...)."""
+        """Repeat each row's value for all of its segments: (H, B, ...) -> (H, Z, ...)."""
         return x if self.kept is None else x[:, self.row]
 
     def add(self, total: Tensor, x: Tensor) -> Tensor:
-        """Add what belongs to segments, (H, Z, ...), to that of their rows, (H, B, ...)."""
+        """Add each segment's value `x` (H, Z, ...) to its row's `total` (H, B, ...)."""
         return total + x if self.kept is None else total.index_add(1, self.row, x)
 
     def maximum(self, peak: Tensor, x: Tensor) -> Tensor:
-        """The largest of a row's value (H, B, G) and its segments' (H, Z, G)."""
+        """The maximum of each row's `peak` (H, B, G) and the values `x` (H, Z, G) of its segments."""
         if self.kept is None:
             return torch.maximum(peak, x)
         return peak.scatter_reduce(1, self.row[None, :, None].expand_as(x), x, "amax")
 
     def pack(self, x: Tensor) -> Tensor:
-        """List the tokens of rows (B, G + T, ...): all global tokens, then all blocks; (B * G + N * W, ...)."""
+        """List all global tokens, then all blocks: rows (B, G + T, ...) -> tokens (B * G + N * W, ...)."""
         num_globals = x.shape[1] - self.row_length
         globals_, text = x[:, :num_globals], x[:, num_globals:].flatten(0, 1)
         if self.kept is not None:
@@ -80,7 +79,7 @@ class BlockList:
         return torch.cat([globals_.flatten(0, 1), text])
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The reverse of `pack`, with zeros for the tokens of blocks that are not here, or blank."""
+        """The reverse of `pack`, with zeros for the tokens of blocks that are left out or blank."""
         num_globals = x.shape[0] - self.visible.shape[0]
         globals_, text = x[:num_globals], x[num_globals:]
         blocks = text.unflatten(0, (-1, self.block_size))
@@ -99,9 +98,9 @@ def list_blocks(visible: Tensor, block_size: int, padding: str = "keep") -> Bloc
     Args:
         visible: (B, T) bool, which text tokens may be attended to; T is a multiple of `block_size`.
         block_size: W.
-        padding: what becomes of the blocks after a row's last visible token, the first of a row excepted. They are
-            treated like the others ("keep"), or left out ("drop"), or only blanked in the end ("blank"), with the
-            same result, but in tensors whose sizes do not depend on what is visible.
+        padding: what to do with the blocks after a row's last visible token. "keep" treats them like all others.
+            "drop" leaves them out. "blank" lists them, and `unpack` fills them with zeros: the result is that of
+            "drop", but the sizes of tensors do not depend on `visible`. The first block of a row is always kept.
     """
     num_rows, length = visible.shape
     blocks_per_row = length // block_size

@@ -1,6 +1,7 @@
-"""Block attention on the CPU, a few blocks at a time, so that their key windows are never in memory, only in the cache.
+"""Block attention on the CPU, a few blocks at a time, so that their key windows stay in the processor's cache.
 
-The result is that of `window_attention` with `sdpa_attention`. Fresh memory is slow on a CPU, and its cache is large.
+The result is that of `window_attention` with `sdpa_attention`. The windows of all blocks at once would need fresh
+memory, which is slow on a CPU.
 
 Dimension key:  as in lsg_windows.py, and  W block_size  D head_dim  E value width
 """
@@ -17,14 +18,14 @@ from .lsg_softmax import attention_gradients, sdpa_attention
 from .lsg_tracing import is_traced
 from .lsg_windows import KeyParts, add_windows, cut_windows
 
-CHUNK_BYTES = 2**21  # about so many bytes of keys are copied into windows at a time
+CHUNK_BYTES = 2**21  # approximate number of bytes of keys that are copied into windows at a time
 
 
 def can_chunk(query: Tensor, implementation: str, dropout: float) -> bool:
-    """Whether to go through the blocks in chunks: on the CPU, by the fused kernel.
+    """Whether to process the blocks in chunks: on the CPU, with the fused kernel, without dropout or tracing.
 
-    A compiler fuses by itself, a trace with Python's part in it cannot be saved, and what dropout dropped cannot be
-    computed again.
+    A compiler fuses the steps itself. A trace that contains a Python function cannot be saved. With dropout, the
+    backward pass could not find out again which weights were dropped.
     """
     return query.device.type == "cpu" and implementation == "sdpa" and not dropout and not is_traced()
 
@@ -36,11 +37,11 @@ class ChunkedAttention(torch.autograd.Function):
         pattern: what a block sees.
         row: (N,), which row of the batch each block belongs to.
         query: (H, N, W, D).
-        bias: (1 or H, N, 1, K), of the windows.
+        bias: (1 or H, N, 1, K), the bias of each block's window.
         parts: the three `KeyParts` of the keys, then those of the values.
 
     Returns:
-        (H, N, W, E). The backward pass cuts the windows again, and computes the attention again.
+        (H, N, W, E). The backward pass cuts the windows and computes the attention a second time.
     """
 
     @staticmethod
@@ -79,13 +80,13 @@ def zeros_like(parts: KeyParts) -> KeyParts:
 
 
 class Chunk(NamedTuple):
-    """Some consecutive blocks, and what any of their queries sees.
+    """Some consecutive blocks, and the keys that at least one of their queries sees.
 
     Args:
         blocks: which blocks.
         row: (blocks,), which row of the batch each belongs to.
         ranges: those of `KeyParts.ranged` for the first of the blocks, without the columns that no query sees.
-        bias: (1 or H, blocks, 1, K seen), of the windows.
+        bias: (1 or H, blocks, 1, K seen), the bias of each block's window.
     """
 
     blocks: slice
@@ -94,20 +95,20 @@ class Chunk(NamedTuple):
     bias: Tensor
 
     def seen(self, parts: KeyParts, pattern: LSGPattern) -> list["Strip"]:
-        """The parts behind the global tokens, but for those of which nothing is seen."""
+        """The strips of sparse and text tokens that the blocks see; empty ones are left out."""
         tokens_of_parts = [tokens for tokens, _ in parts.ranged(pattern)]
         pairs = zip(tokens_of_parts, self.ranges, strict=True)
         return [Strip(tokens, where, self.row.shape[0]) for tokens, where in pairs if where.size > 0]
 
     def windows(self, parts: KeyParts, pattern: LSGPattern) -> Tensor:
-        """As `key_windows`, of the chunk's blocks and what they see: (H, blocks, K seen, ...)."""
+        """As `key_windows`, but only for the chunk's blocks and the keys that they see: (H, blocks, K seen, ...)."""
         windows = [parts.globals[:, self.row]]
         for strip in self.seen(parts, pattern):
             windows.append(cut_windows(strip.padded(), strip.where, strip.num_blocks))
         return torch.cat(windows, dim=2)
 
     def add_windows(self, total: KeyParts, windows: Tensor, pattern: LSGPattern) -> None:
-        """Add windows to what they were cut from, in place: the gradient of `windows`."""
+        """Add windows, in place, to the parts that they were cut from: the gradient of `windows`."""
         strips = self.seen(total, pattern)
         sizes = [total.globals.shape[2], *(strip.where.size for strip in strips)]
         global_windows, *strip_windows = windows.split(sizes, dim=2)
@@ -115,12 +116,12 @@ class Chunk(NamedTuple):
         for strip, gradient in zip(strips, strip_windows, strict=True):
             padded, inside = strip.padded(), strip.inside()
             add_windows(padded, gradient, strip.where)
-            if padded.shape != inside.shape:  # a copy, with margins
+            if padded.shape != inside.shape:  # `padded` is a copy, with margins
                 inside.copy_(padded.narrow(1, strip.margins()[0], inside.shape[1]))
 
 
 class Strip(NamedTuple):
-    """What lies in the ranges of `num_blocks` blocks of some tokens (H, T or L, ...)."""
+    """The stretch of `tokens` (H, T or L, ...) that the ranges of `num_blocks` consecutive blocks cover."""
 
     tokens: Tensor
     where: BlockRange
@@ -146,9 +147,9 @@ class Strip(NamedTuple):
 
 
 def chunks_of_blocks(query: Tensor, row: Tensor, bias: Tensor, keys: KeyParts, pattern: LSGPattern) -> Iterator[Chunk]:
-    """The chunks, one after another; arguments as of `ChunkedAttention`.
+    """The chunks, one after another; arguments as in `ChunkedAttention`.
 
-    The first and the last blocks of a row see less than their windows hold: margins, or another row's text.
+    The first and last blocks of a row do not see their whole windows: the rest is margins or another row's text.
     """
     ranges = [where for _, where in keys.ranged(pattern)]
     sizes = [where.size for where in ranges]
@@ -170,8 +171,10 @@ def chunks_of_blocks(query: Tensor, row: Tensor, bias: Tensor, keys: KeyParts, p
 
 
 def seen_columns(bias: Tensor) -> tuple[list[int], list[int]]:
-    """For each block of (1 or H, N, 1, K) the first column that is not minus infinity for all heads, and the one after
-    the last such; K and 0 where there is none."""
+    """For each block, the first column of its window that any head sees, and the column after the last one.
+
+    `bias` is (1 or H, N, 1, K), 0 for a key that is seen. A block that sees no column has K and 0.
+    """
     size = bias.shape[-1]
     column = torch.arange(size, device=bias.device)
     seen = (bias == 0).any(0)[:, 0]

@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers, in one place."""
+"""What differs between the releases of transformers, in one place: gradient checkpointing and caches."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-# The cache has the same place in the outputs of all releases. Its name changed from `past_key_values` in 5.24.
+# The cache has the same position in the outputs of all releases. Its name changed from `past_key_values` in 5.24.
 CACHE_FIELD = fields(Seq2SeqLMOutput)[2].name
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_FIELD, "cache", "past_key_values")))
 
-# Before 4.53 transformers has no such class; its models call the checkpointing function themselves.
+# Before 4.53, transformers has no such class: its models call the checkpointing function themselves.
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError:
@@ -39,7 +39,7 @@ def is_checkpointing(model: nn.Module) -> bool:
 def find_cache(arguments: Iterable[Any]) -> Cache | None:
     """The cache among the arguments of a step of `generate`, whatever its name; None where there is none.
 
-    A caller's own cache may stand beside an empty one that `generate` made: the longest is taken.
+    `generate` may pass an empty cache of its own beside the caller's, so the longest cache is returned.
     """
     caches = [argument for argument in arguments if isinstance(argument, Cache)]
     return max(caches, key=lambda cache: cache.get_seq_length(), default=None)
@@ -53,7 +53,7 @@ def as_encoder_decoder_cache(cache: Any) -> EncoderDecoderCache:
             self-attention alone; or, on transformers 4, the tuples that its `to_legacy_cache` makes.
 
     Raises:
-        ValueError: it is none of these. Caches of a fixed size are not supported.
+        ValueError: `cache` is of another type. Caches of a fixed size are not supported.
     """
     if cache is None:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -72,15 +72,17 @@ def as_encoder_decoder_cache(cache: Any) -> EncoderDecoderCache:
 
 
 def extend_cache(cache: DynamicCache, num_entries: int) -> None:
-    """Let an empty cache take `num_entries` entries. `generate` of transformers 5 makes a cache of exactly
-    `num_hidden_layers`, but a layer of several inner ones needs more."""
+    """Let an empty cache take `num_entries` entries.
+
+    `generate` of transformers 5 makes `num_hidden_layers` entries, but each inner layer of a layer needs its own.
+    """
     entries = getattr(cache, "layers", None)  # a cache without such a list, or with an empty one, grows by itself
     if entries and cache.get_seq_length() == 0:
         entries.extend(deepcopy(entries[-1]) for _ in range(num_entries - len(entries)))
 
 
 def cached(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor] | None:
-    """The keys and values (batch, heads, length, head_size) of an entry, None while it is empty."""
+    """The keys and values (batch, heads, length, head_size) of an entry, or None while it is empty."""
     if cache.get_seq_length(index) == 0:
         return None
     return (cache.layers[index].keys, cache.layers[index].values) if hasattr(cache, "layers") else cache[index]

@@ -1,10 +1,10 @@
-"""The decoder of LSG-ALBERT: the encoder's own embeddings and layers once more, with a cross-attention put into each.
+"""The decoder of LSG-ALBERT: it uses the encoder's embeddings and layers, and adds a cross-attention to each layer.
 
-ALBERT's layers share their weights; here the decoder shares them too, so that a checkpoint of an encoder holds all of
-it but the cross-attention. Source of the idea, which did best on summarization there: Rothe, Narayan and Severyn,
-"Leveraging Pre-trained Checkpoints for Sequence Generation Tasks", TACL 8, 2020.
+ALBERT's layers share their weights, and the decoder shares them too. So an encoder's checkpoint holds all weights of
+the decoder except the cross-attention. Source of the idea, which did best on summarization there: Rothe, Narayan and
+Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation Tasks", TACL 8, 2020.
 
-Masks are boolean, True = may be attended to. No query is ever without keys.
+Masks are boolean, True = may be attended to. Every query has keys.
 """
 
 import torch
@@ -33,7 +33,7 @@ def attend(
         seen: (batch or 1, 1, queries or 1, keys) bool.
         implementation: a name in `ATTENTION_FUNCTIONS`.
         dropout: the share of attention weights dropped.
-        with_map: whether to return the weights, from which the context is then computed, so that gradients reach them.
+        with_map: whether to return the weights. The context is then computed from them, so that gradients reach them.
 
     Returns:
         The context (batch, queries, hidden), and the weights (batch, heads, queries, keys) without dropout, or None.
@@ -49,14 +49,14 @@ def attend(
 
 
 def causal_visibility(visible: Tensor | None, past_length: int, length: int, device: torch.device) -> Tensor:
-    """Which tokens each of the newest `length` ones sees: itself, and the visible ones before it.
+    """Which tokens each of the newest `length` tokens sees: itself, and the visible tokens before it.
 
-    A masked token sees itself too, so that no query is without keys.
+    A masked token sees itself too, so that every query has a key.
 
     Args:
-        visible: (batch, past_length + length) bool, None for all.
-        past_length: how many tokens came before.
-        length: how many tokens there are now.
+        visible: (batch, past_length + length) bool, which tokens may be attended to; None for all.
+        past_length: the number of earlier tokens.
+        length: the number of new tokens.
         device: of the result.
 
     Returns:
@@ -70,19 +70,22 @@ def causal_visibility(visible: Tensor | None, past_length: int, length: int, dev
 
 
 def token_positions(visible: Tensor | None, past_length: int, length: int, device: torch.device) -> Tensor:
-    """Positions (batch or 1, length) of the newest `length` tokens; masked ones do not count, so that padding on the
-    left moves nothing. Arguments as in `causal_visibility`."""
+    """Positions (batch or 1, length) of the newest `length` tokens; arguments as in `causal_visibility`.
+
+    Masked tokens do not count, so padding on the left does not change the positions of the text.
+    """
     if visible is None:
         return torch.arange(past_length, past_length + length, device=device)[None]
     return (visible.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
 
 
 def shift_right(ids: Tensor, start_token_id: int | None, pad_token_id: int | None) -> Tensor:
-    """The decoder's inputs (batch, length) for ids or labels (batch, length): one place to the right behind the start
-    token, and padding for -100.
+    """The decoder's inputs (batch, length) for ids or labels (batch, length).
+
+    The ids move one place to the right, behind the start token. Padding takes the place of -100.
 
     Raises:
-        ValueError: one of the two tokens is not known.
+        ValueError: `start_token_id` or `pad_token_id` is None.
     """
     for name, token_id in (("decoder_start_token_id", start_token_id), ("pad_token_id", pad_token_id)):
         if token_id is None:
@@ -115,10 +118,10 @@ class LSGAlbertCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, key: Tensor, value: Tensor, seen: Tensor, with_map: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, and add to what came in.
+        """Attend, and add the result to the decoder's states.
 
         Args:
-            hidden_states: (batch, length, hidden) of the decoder.
+            hidden_states: (batch, length, hidden), of the decoder.
             key, value: as `keys_and_values` returns them.
             seen: (batch, 1, 1, keys) bool.
             with_map: whether to return the attention map.
@@ -133,8 +136,10 @@ class LSGAlbertCrossAttention(nn.Module):
 
 
 class LSGAlbertDecoderLayer(GradientCheckpointingLayer):
-    """One application of an encoder's layer as a decoder's. It has no parameters: those are the layer's and the
-    cross-attention's."""
+    """An encoder layer with a cross-attention, applied as a decoder layer.
+
+    This module has no parameters: `forward` is given the encoder layer and the cross-attention.
+    """
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
@@ -157,13 +162,13 @@ class LSGAlbertDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: (batch, length, hidden).
-            cross_key, cross_value: (batch, heads, keys, head_size) of the encoder's states.
+            cross_key, cross_value: (batch, heads, keys, head_size), of the encoder's states.
             seen: (batch or 1, 1, length, past + length) bool, which of the decoder's tokens each token sees.
-            encoder_seen: (batch, 1, 1, keys) bool, which of the encoder's they see.
+            encoder_seen: (batch, 1, 1, keys) bool, which of the encoder's states the tokens see.
             layer: the `LSGAlbertLayer`.
-            cross_attention: what is put into it.
-            cache: of the tokens before; this layer's keys and values are added to it.
-            index: of the layer in the cache.
+            cross_attention: the cross-attention between that layer's attention and feed-forward part.
+            cache: of the earlier tokens; the keys and values of the new tokens are added to it.
+            index: the layer's entry in the cache.
             with_maps: whether to return the attention maps.
 
         Returns:
@@ -185,7 +190,7 @@ class LSGAlbertDecoderLayer(GradientCheckpointingLayer):
 
 
 class LSGAlbertDecoder(nn.Module):
-    """The cross-attentions, one for each layer of each group, and what runs them in the layers of the encoder."""
+    """The cross-attentions, one for each layer of each group, and the loop that runs them in the encoder's layers."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
@@ -211,19 +216,19 @@ class LSGAlbertDecoder(nn.Module):
         """Apply all layers to the newest tokens.
 
         Args:
-            albert: the `LSGAlbertModel` whose embeddings and layers are used. It is no part of this module, or a state
-                dict would hold it twice.
+            albert: the `LSGAlbertModel` whose embeddings and layers are used. It is not a submodule of the decoder,
+                because a state dict would then hold it twice.
             input_ids, inputs_embeds: (batch, length) or (batch, length, embedding_size); one of them is None.
             visible: (batch, past + length) bool, which of the decoder's tokens may be attended to; None for all.
-            encoder_states: (batch, keys, hidden); None where their keys and values are in the cache.
-            encoder_visible: (batch, keys) bool, which of them may be attended to.
-            cache: of the `past` tokens before, which the newest are added to; None for none.
+            encoder_states: (batch, keys, hidden); None if their keys and values are in the cache.
+            encoder_visible: (batch, keys) bool, which of the encoder's states may be attended to.
+            cache: of the `past` earlier tokens; the newest tokens are added to it. None for no cache.
             output_attentions: whether to return maps.
-            output_hidden_states: whether to return states in between.
+            output_hidden_states: whether to return the states that go into each layer.
 
         Returns:
-            The last states (batch, length, hidden); the states that went into each of the `num_hidden_layers`; and of
-            each of their inner layers the maps of self-attention and cross-attention.
+            The last states (batch, length, hidden); the states that went into each of the `num_hidden_layers` layers;
+            and, for each of their inner layers, the map of self-attention and the map of cross-attention.
         """
         check_attn_implementation(self.config._attn_implementation)
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -255,8 +260,9 @@ class LSGAlbertDecoder(nn.Module):
     ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """Keys and values of the encoder's states for every (group, inner layer).
 
-        The layers of one group share them, so they are computed, and held in the cache, for the first of `calls` that
-        needs them. Those of the others hold one token in their place: transformers expects an entry for every layer.
+        Calls of the same layer share keys and values. So they are computed once, and the cache holds them in the entry
+        of the first call that needs them. The entries of the other calls hold one token, because transformers expects
+        an entry for every layer.
         """
         if cache is not None:
             extend_cache(cache.self_attention_cache, len(calls))
@@ -277,15 +283,15 @@ class LSGAlbertDecoder(nn.Module):
         """Give cross-attentions the weights of the self-attentions before them.
 
         Args:
-            layer_groups: the encoder's.
-            names: of the parameters to be written, as in the state dict of this module; None for all.
+            layer_groups: of the encoder.
+            names: the parameters to write, with their names in the state dict of this module; None for all.
         """
         for name, parameter in list(self.named_parameters()):
             _, group, inner, *rest = name.split(".")
             attention = layer_groups[int(group)].albert_layers[int(inner)].attention
             source = attention.get_parameter(".".join(rest))
             if parameter.is_meta and not source.is_meta:
-                # transformers 4.4x with `low_cpu_mem_usage=True` neither names it nor gives it values.
+                # With `low_cpu_mem_usage=True`, transformers 4.4x neither reports this parameter nor gives it values.
                 self.get_submodule(name.rpartition(".")[0]).register_parameter(rest[-1], nn.Parameter(source.clone()))
             elif names is None or name in names:
                 parameter.copy_(source)

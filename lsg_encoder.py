@@ -1,4 +1,7 @@
-"""The encoder: embeddings, attention, layers, and the stack of their groups."""
+"""The encoder: embeddings, attention, layers, and the stack of their groups.
+
+Short texts go through the layers as rows, long texts as a list of blocks: see `LSGAlbertEncoder.layout`.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,21 +22,21 @@ from .lsg_pattern import LSGPattern
 from .lsg_sparsity import hash_projections
 from .lsg_tracing import is_exported, is_traced
 
-CPU_CHUNK_TOKENS = 512  # their intermediate states stay in the cache of a core
+CPU_CHUNK_TOKENS = 512  # the intermediate states of this many tokens stay in the cache of a core
 
-# The same function; the second is one kernel, the first a chain of eight.
+# Two names of one function. transformers computes the first with a chain of eight kernels, the second with one kernel.
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
 def get_activation(name: str) -> nn.Module:
-    """The activation of transformers with that name, which the configuration has checked."""
+    """The activation of transformers with that name. The configuration has checked the name."""
     return ACT2FN[TANH_GELUS[-1] if name in TANH_GELUS else name]
 
 
 def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product, for a third of its time.
+    """Whether oneDNN can compute the tanh-GELU of `linear(x)` with the product, in a third of the GELU's own time.
 
-    It can for a plain linear layer that nobody listens to, in inference on the CPU. torch.compile fuses by itself.
+    It can for a plain linear layer without hooks, in inference on the CPU. torch.compile fuses the two itself.
     """
     is_plain = (
         type(linear) is nn.Linear
@@ -58,7 +61,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @cache
 def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes for which `linear_gelu` works with this build of torch and is fast on this processor: tried once."""
+    """The dtypes for which `linear_gelu` works in this build of torch and is fast on this processor; tried once."""
     usable = []
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, bias = (torch.linspace(-2, 2, n, dtype=dtype) for n in (32, 128, 8))
@@ -77,7 +80,7 @@ def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
 
 
 class LSGAlbertEmbeddings(nn.Module):
-    """Word, position and token-type embeddings, with the global tokens' own before them."""
+    """Embeddings of the global tokens, then of the text: the sum of word, position and token-type embeddings."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
@@ -151,18 +154,19 @@ class LSGAlbertAttention(nn.Module):
         projections: tuple[Tensor, ...] = (),
         map_size: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Attend.
+        """Attend, without the output projection (`add_context`).
 
         Args:
             hidden_states: (batch, globals + length, hidden), or (tokens, hidden) listed by blocks.
-            visible: (batch, length) bool, which text tokens may be attended to; of listed tokens, their blocks.
+            visible: (batch, length) bool, which text tokens may be attended to; for listed tokens, their `BlockList`.
             pattern: which keys a query sees.
-            projections: of "lsh".
-            map_size: how many tokens, globals included, the effective attention map is wanted of; None for no map.
+            projections: for "lsh" only.
+            map_size: the number of tokens of the effective attention map, globals included; None for no map.
 
         Returns:
-            The context, of the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if one is
-            wanted. The context is then computed from it, so that gradients reach it, and dropout falls on its weights.
+            The context, in the shape of `hidden_states`, and the map (batch, heads, map_size, map_size) if `map_size`
+            is given. The context is then computed from the map, so that gradients reach the map. Dropout applies to
+            the weights of the map.
         """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(-3, -2)
@@ -184,7 +188,7 @@ class LSGAlbertAttention(nn.Module):
         return context.transpose(-3, -2).flatten(-2), *maps
 
     def add_context(self, hidden_states: Tensor, context: Tensor) -> Tensor:
-        """Project the context, add it to the states that it was computed from, and normalize; all (..., hidden)."""
+        """Project the context, add it to the states that it comes from, and normalize; all (..., hidden)."""
         return self.LayerNorm(hidden_states + self.output_dropout(self.dense(context)))
 
 
@@ -202,9 +206,9 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.is_tanh_gelu = config.hidden_act in TANH_GELUS
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """The new states, and the map if one is wanted; arguments as in `LSGAlbertAttention.forward`.
+        """The new states, and the map if `map_size` is given; arguments as in `LSGAlbertAttention.forward`.
 
-        All that is returned are tensors, which tools that hook layers count on.
+        The result holds nothing but tensors, because tools that hook layers rely on that.
         """
         context, *maps = self.attention(hidden_states, *args, **kwargs)
         size = self.chunk_size(hidden_states)
@@ -215,11 +219,12 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         return torch.cat(states, dim=-2), *maps
 
     def chunk_size(self, hidden_states: Tensor) -> int | None:
-        """How many tokens to take at a time after the attention, where no token needs another; None for all at once.
+        """How many tokens to process at a time after the attention; None for all at once.
 
-        As many as `chunk_size_feed_forward` says; without it, in inference on the CPU, as many as fit its cache. Not in
-        training: gradient checkpointing must compute what it did before, to the last bit. An exported graph is for any
-        number of tokens, and so cannot say how many chunks there are.
+        After the attention no token depends on another. `chunk_size_feed_forward` sets the number. If it is not set,
+        inference on the CPU takes as many tokens as fit into the processor's cache. Training does not: gradient
+        checkpointing must repeat its results to the last bit. An exported graph is for any number of tokens, so it has
+        no fixed number of chunks.
         """
         if is_exported():
             return None
@@ -228,7 +233,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         if self.training or torch.is_grad_enabled() or is_traced() or not hidden_states.is_cpu:
             return None
         num_tokens = hidden_states.shape[-2]
-        # Chunks of one size, about: a last one of a single token would read all weights for it.
+        # Chunks of about equal size: a last chunk of one token would read all weights for that token.
         return math.ceil(num_tokens / max(1, round(num_tokens / CPU_CHUNK_TOKENS)))
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -242,7 +247,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
 
 
 class LSGAlbertLayerGroup(nn.Module):
-    """The layers of one group; only a container, under ALBERT's parameter names."""
+    """The layers of one group: only a container, which keeps ALBERT's parameter names."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
@@ -254,7 +259,7 @@ class LSGAlbertEncoder(nn.Module):
 
     Args:
         config: sizes and pattern.
-        reads_padding: whether something computes with the outputs of padding, which is then not left out.
+        reads_padding: whether a head uses the outputs of padding; blocks of padding are then not left out.
     """
 
     def __init__(self, config: LSGAlbertConfig, reads_padding: bool = False):
@@ -271,7 +276,7 @@ class LSGAlbertEncoder(nn.Module):
         self.reads_padding = reads_padding
         self.is_seeded = config.lsh_seed is not None
         if self.is_seeded:
-            # As integers of the same bits, or `model.half()` would round them.
+            # Stored as integers with the same bits, because `model.half()` would round floats.
             for i, projection in enumerate(self.draw_projections()):
                 self.register_buffer(f"projections_{i}", projection.view(torch.int32), persistent=False)
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
@@ -288,7 +293,7 @@ class LSGAlbertEncoder(nn.Module):
             embeddings: (batch, globals + length, embedding_size).
             visible: (batch, length) bool, which text tokens may be attended to.
             output_attentions: whether to return maps.
-            output_hidden_states: whether to return states in between.
+            output_hidden_states: whether to return the states that go into each layer.
 
         Returns:
             The last states (batch, globals + length, hidden); the text's states (batch, length, hidden) that went into
@@ -307,7 +312,7 @@ class LSGAlbertEncoder(nn.Module):
                 text_states.append(text)
                 states = states if is_exported() else pack(rows)  # exported graphs have no gradients
             elif output_attentions:
-                states = unpack(states)  # maps show blank padding, whether states are asked for or not
+                states = unpack(states)  # blanks padding, as above: maps are the same with states and without
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
                 states, *attention_map = layer(states, seen, self.pattern, next(projections), map_size)
@@ -317,15 +322,15 @@ class LSGAlbertEncoder(nn.Module):
     def layout(
         self, visible: Tensor, with_maps: bool
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor | BlockList]:
-        """How the layers get the tokens of a batch: short texts as rows, long ones block by block.
+        """How the layers get the tokens of a batch: short texts as rows, long texts as a list of blocks.
 
         Args:
             visible: (batch, length) bool, of aligned texts.
-            with_maps: whether attention maps are wanted. They are maps of rows, so all texts then stay rows.
+            with_maps: whether attention maps are returned. They are maps of rows, so all texts then stay rows.
 
         Returns:
-            What packs rows (batch, globals + length, ...) for the layers; what unpacks them again, with zeros for
-            blocks of padding; and what tells the layers which tokens may be attended to.
+            A function that packs rows (batch, globals + length, ...) for the layers; a function that unpacks them
+            again, with zeros for blocks of padding; and the layers' `visible`, the tokens that may be attended to.
         """
         if not is_exported() and visible.shape[1] <= self.pattern.full_length:
             return unchanged, unchanged, visible
@@ -335,8 +340,7 @@ class LSGAlbertEncoder(nn.Module):
         return blocks.pack, blocks.unpack, blocks
 
     def padding_mode(self, visible: Tensor) -> str:
-        """What `list_blocks` does with blocks of padding. How many there are depends on the data, which a compiler
-        does not know."""
+        """The `padding` argument of `list_blocks`. A compiler cannot drop blocks: their number depends on the data."""
         if self.reads_padding or not self.config.pack_padding:
             return "keep"
         is_compiled = is_traced() or self.config._attn_implementation == "flex_attention"
@@ -346,11 +350,11 @@ class LSGAlbertEncoder(nn.Module):
         """How many tokens are appended to a text of `length` tokens so that its blocks are whole.
 
         Raises:
-            ValueError: some, but `adaptive` is False.
+            ValueError: tokens must be appended, but `adaptive` is False.
         """
         block_size = self.pattern.block_size
         missing = (length + block_size - 1) // block_size * block_size - length
-        if is_exported():  # a graph is one for all lengths: short texts go through blocks too
+        if is_exported():  # one graph serves all lengths, so short texts go through blocks too
             return missing
         missing = missing if length > self.pattern.full_length else 0
         if missing and not self.config.adaptive:
@@ -366,7 +370,7 @@ class LSGAlbertEncoder(nn.Module):
         return [layer * num_groups // num_layers for layer in range(num_layers)]
 
     def draw_projections(self) -> list[Tensor]:
-        """The random projections of "lsh" for all calls of an attention layer, see `hash_projections`."""
+        """The random projections of "lsh" for every call of an attention layer, see `hash_projections`."""
         config = self.config
         num_calls = config.num_hidden_layers * config.inner_group_num
         head_size = config.hidden_size // config.num_attention_heads
@@ -376,14 +380,17 @@ class LSGAlbertEncoder(nn.Module):
 
     @torch.no_grad()
     def reset_projections(self) -> None:
-        """Write the seeded projections into their buffers, which a model built on the meta device has lost."""
+        """Write the seeded projections into their buffers: a model built on the meta device loses their values."""
         if self.is_seeded:
             for i, projection in enumerate(self.draw_projections()):
                 self.get_buffer(f"projections_{i}").copy_(projection.view(torch.int32))
 
     def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
-        """For each call of an attention layer, its projections. Those without a seed are drawn here, before the layers,
-        so that gradient checkpointing computes a layer again with what it had."""
+        """The projections for each call of an attention layer.
+
+        Without a seed they are drawn here, before the layers run: gradient checkpointing then computes a layer again
+        with the same projections.
+        """
         if self.is_seeded:
             rounds = [self.get_buffer(f"projections_{i}") for i in range(len(self.pattern.hash_rounds))]
             rounds = [floats_of_bits(bits) if is_exported() else bits.view(torch.float32) for bits in rounds]
@@ -394,8 +401,10 @@ class LSGAlbertEncoder(nn.Module):
 
 
 def floats_of_bits(bits: Tensor) -> Tensor:
-    """What `bits.view(torch.float32)` gives for int32, by arithmetic, which is exact: ONNX has no such view. Only for
-    normal numbers, to which a random number belongs."""
+    """What `bits.view(torch.float32)` gives for int32, by exact arithmetic, because ONNX has no such view.
+
+    It is right only for normal floating-point numbers, not for subnormal ones. The random projections are normal.
+    """
     magnitude = bits.long() + torch.where(bits < 0, 2**31, 0)
     exponent = magnitude // 2**23
     significand = (magnitude - exponent * 2**23 + 2**23) * torch.where(bits < 0, -1, 1)
@@ -408,14 +417,16 @@ def unchanged(x: Tensor) -> Tensor:
 
 
 def expose_text(rows: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """The tokens from `first` up to `end` of rows (batch, tokens, hidden), and rows that are made of them: what is
-    returned to the user is then what the next layer reads, and so gets a gradient."""
+    """The text (tokens `first` to `end - 1`) of rows (batch, tokens, hidden), and the rows rebuilt from it.
+
+    The text is returned to the user. The next layer reads the rebuilt rows, so that the returned text gets a gradient.
+    """
     text = first_tokens(rows, end)[:, first:]
     return text, torch.cat([rows[:, :first], text, rows[:, end:]], dim=1)
 
 
 def first_tokens(x: Tensor, length: int) -> Tensor:
-    """The first of a row's tokens: (batch, tokens, ...) -> (batch, length, ...)."""
-    if is_exported():  # torch.export does not see that a length is at most what it is padded to, as a slice must know
+    """The first `length` tokens of each row: (batch, tokens, ...) -> (batch, length, ...)."""
+    if is_exported():  # a slice needs `length` to be at most the padded length, which torch.export does not see
         return x[:, torch.arange(length, device=x.device)]
     return x[:, :length]

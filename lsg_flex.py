@@ -1,8 +1,8 @@
-"""LSG attention by torch's FlexAttention: keys are read where they lie, and no window is ever put together.
+"""LSG attention by torch's FlexAttention, which reads keys in place: no key windows are built.
 
-All keys stand in one list, [global | sparse | text]; a mask says which of them a query sees, and a coarser one, of
-tiles, lets the kernel pass over the rest, so that time stays linear in the length. Source of the kernel: Dong et al.,
-"Flex Attention: A Programming Model for Generating Optimized Attention Kernels", arXiv 2412.05496.
+All keys are in one list, [global | sparse | text]. A mask says which keys a query sees. A coarser mask, of tiles, lets
+the kernel skip the other keys, so that time stays linear in the length. Source of the kernel: Dong et al., "Flex
+Attention: A Programming Model for Generating Optimized Attention Kernels", arXiv 2412.05496.
 
 Dimension key:  B rows of the batch  H heads  G global tokens  N blocks  W block_size  T = N * W text tokens
                 L sparse tokens  D head_dim  E value width  R = B * G + L + T keys
@@ -32,7 +32,7 @@ def flex_attention_of_blocks(
     """The context of the blocks' queries; arguments and result as in `window_attention`.
 
     Raises:
-        ValueError: gradients are asked for on the CPU, where torch has the forward pass only.
+        ValueError: gradients are needed on the CPU, where torch has only the forward pass.
     """
     key, value, owner = list_keys(keys), list_keys(values), list_keys(owners)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -51,7 +51,7 @@ def flex_attention_of_blocks(
 
 
 def check_no_dropout(dropout: float) -> None:
-    """`ValueError` where attention weights are to be dropped."""
+    """Raise `ValueError` if attention weights are to be dropped, which FlexAttention cannot do."""
     if dropout:
         raise ValueError(
             f'`attention_probs_dropout_prob` is {dropout}: `attn_implementation="flex_attention"` has no dropout of '
@@ -61,9 +61,9 @@ def check_no_dropout(dropout: float) -> None:
 
 @cache
 def compiled_flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """FlexAttention is fast when compiled only; compiled at its first use, and for other lengths again.
+    """FlexAttention, compiled at its first use, and again for other lengths. It is fast only if it is compiled.
 
-    On the CPU for every length: torch 2.13 writes code there that is no C++ for a mask of variable length.
+    On the CPU it is compiled for every single length: for masks of variable length, torch 2.13 writes invalid C++.
     """
     return torch.compile(flex_attention, dynamic=False if device_type == "cpu" else None)
 
@@ -80,9 +80,9 @@ def mask_of_keys(
     """The mask in FlexAttention's form: whether query `q` of head `h` sees key `k`.
 
     Args:
-        owner: (1 or H, R), the row each key belongs to, -1 for what is not visible.
+        owner: (1 or H, R), the row that each key belongs to, or -1 if the key is not visible.
         row: (N,), which row of the batch each block belongs to.
-        first_sparse, first_text: where in the list of keys the sparse ones and the text begin.
+        first_sparse, first_text: the indices at which sparse keys and text keys begin in the list of keys.
         pattern: what a block sees.
     """
     is_per_head = owner.shape[0] > 1
@@ -101,8 +101,12 @@ def mask_of_keys(
 def tiles_of_keys(
     row: Tensor, first_sparse: int, first_text: int, num_keys: int, pattern: LSGPattern
 ) -> tuple[Tensor, Tensor]:
-    """For each tile of queries, how many tiles of keys it may see any of, (1, 1, tiles), and first of all their
-    indices, (1, 1, tiles, tiles of keys); both int32."""
+    """For each tile of queries, the tiles of keys that hold any key it may see.
+
+    Returns:
+        The number of such tiles, (1, 1, tiles), and the indices of all tiles of keys, such tiles first,
+        (1, 1, tiles, tiles of keys); both int32.
+    """
     device, num_text = row.device, num_keys - first_text
     starts = torch.arange(0, num_text, TILE, device=device)
     first = starts // pattern.block_size  # first and last block of the queries in a tile

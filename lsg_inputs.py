@@ -1,6 +1,6 @@
-"""Checks of what a model is given, and rows that hold several texts.
+"""Checks of a model's inputs, and rows that hold several texts.
 
-Rows of several texts are those that `DataCollatorWithFlattening` of transformers makes.
+`DataCollatorWithFlattening` of transformers makes such rows. `PackedTexts` gives each text a row of its own.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ def check_tokens(
     prefix: str = "",
     past_length: int = 0,
 ) -> tuple[int, int]:
-    """The batch size and length of ids (batch, length), or of embeddings (batch, length, embedding_size) if there are any.
+    """Check ids (batch, length) or embeddings (batch, length, embedding_size); return their batch size and length.
 
     Args:
         config: of the model.
-        input_ids, inputs_embeds: one of them is not None.
-        prefix: what stands before their names, for messages.
-        past_length: how many tokens came before them.
+        input_ids, inputs_embeds: at least one is not None; ids are ignored if there are embeddings.
+        prefix: the beginning of the arguments' names in messages.
+        past_length: the number of tokens before them.
 
     Raises:
-        ValueError: they have a wrong shape, or more tokens than there are positions.
+        ValueError: the input has a wrong shape, no tokens, or more tokens than there are positions.
     """
     name, given, num_dims = (
         (f"{prefix}input_ids", input_ids, 2) if inputs_embeds is None else (f"{prefix}inputs_embeds", inputs_embeds, 3)
@@ -58,7 +58,7 @@ def check_tokens(
 
 
 def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
-    """`ValueError` for an attention mask of another shape than (batch, length), or of another kind than 0 and 1."""
+    """Raise `ValueError` if a mask does not have `shape`, (batch, length), or holds other values than 0 and 1."""
     if tuple(mask.shape) != shape:
         raise ValueError(
             f"`{name}` must have the shape (batch, length) = {shape}, with 1 for real tokens and 0 for masked ones, "
@@ -69,8 +69,10 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
 
 
 def has_other_than_0_and_1(mask: Tensor) -> bool:
-    """Whether a float mask is of another kind, such as one to be added to scores. Integers are taken at their word: to
-    look would make the processor wait for the device."""
+    """Whether a float mask holds other values than 0 and 1, for instance because it is meant to be added to scores.
+
+    Integer masks are not looked at, because the processor would have to wait for the device.
+    """
     if not mask.is_floating_point() or mask.device.type == "meta" or is_traced():
         return False
     return bool(((mask != 0) & (mask != 1)).any())
@@ -82,8 +84,8 @@ class PackedTexts:
 
     Args:
         shape: (batch, length) of the rows.
-        token: (texts, longest) long, the place of each text's tokens among those of all rows.
-        is_token: (texts, longest) bool, False for the padding behind a text.
+        token: (texts, longest) long, the index of each text's tokens among the tokens of all rows.
+        is_token: (texts, longest) bool, False for the padding after a text.
         attention_mask: (texts, longest) bool, which tokens may be attended to.
     """
 
@@ -93,28 +95,28 @@ class PackedTexts:
     attention_mask: Tensor
 
     def unpack(self, x: Tensor | None) -> Tensor | None:
-        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...), with anything behind them."""
+        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...); the padding after a text holds any values."""
         return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
 
     def pack(self, x: Tensor | None) -> Tensor | None:
-        """The reverse."""
+        """The reverse: texts (texts, longest, ...) -> rows (batch, length, ...)."""
         return None if x is None else x[self.is_token].unflatten(0, self.shape)
 
 
 def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
-    """The texts of rows that hold several, None for other rows.
+    """The texts of rows that hold several texts, or None if each row holds one text.
 
     Args:
-        position_ids: (batch or 1, length). Texts are packed where all positions count up by one, but begin again
-            within a row, at 0 or where the row began.
+        position_ids: (batch or 1, length). A row holds several texts if all positions count up by one, but begin again
+            within the row, at 0 or at the first position of the row.
         given: the ids or embeddings (batch, length, ...).
-        attention_mask: (batch, length), 0 for padding, which belongs to the text before it whatever its positions.
+        attention_mask: (batch, length), 0 for padding. Padding belongs to the text before it, whatever its positions.
 
-    To look at the positions is to wait for their device; `torch.compile` breaks its graph here, where it may, and
-    `torch.export` ends with an error of its own.
+    Reading the positions means waiting for their device. `torch.compile` breaks its graph here if it may, and
+    `torch.export` raises an error of its own.
 
     Raises:
-        ValueError: positions are given to a trace, which cannot look at them.
+        ValueError: positions are given to a trace, which cannot read them, or a shape or the mask is wrong.
     """
     if position_ids is None or position_ids.is_meta or given is None or given.ndim < 2:
         return None

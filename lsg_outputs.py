@@ -12,13 +12,13 @@ from transformers.utils import ModelOutput
 @dataclass
 class LSGAlbertModelOutput(BaseModelOutputWithPooling):
     """
-    Output of [`LSGAlbertModel`]: that of ALBERT, and the global tokens.
+    Output of [`LSGAlbertModel`]: ALBERT's output, and the states of the global tokens.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The text tokens' last states; the first is that of the first global token with `pool_with_global`.
+            The text tokens' last states. With `pool_with_global`, the first is that of the first global token.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
-            The first of them after the pooler.
+            The first state of `last_hidden_state` after the pooler.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             `num_hidden_layers + 1` states of the shape of `last_hidden_state`, from the embeddings on.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -58,7 +58,7 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
 def select_states(
     hidden_states: list[Tensor], selection: bool | int | list[int] | None
 ) -> tuple[Tensor | None, ...] | None:
-    """All states for True, none for False or None; for indices, which may be negative, None in place of the others."""
+    """All states for True, None for False or None; for indices (also negative ones), None in place of other states."""
     if selection is None or isinstance(selection, bool):
         return tuple(hidden_states) if selection else None
     indices = [selection] if isinstance(selection, int) else selection
@@ -67,9 +67,9 @@ def select_states(
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
-    """Cross entropy of scores (..., classes) for labels (...); -100 is left out.
+    """Cross entropy of scores (..., classes) for labels (...), without labels of -100.
 
-    It is the mean, or the sum divided by `num_items` where a step of training counts the labels of several batches.
+    It is the mean, or the sum divided by `num_items`: the number of labels in all batches of a training step.
     """
     logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten()
     if num_items is None:
@@ -81,7 +81,9 @@ def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | float | None 
 
 
 def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
-    """Mean cross entropy of scores (batch, length) for positions (batch,) or (batch, 1); those past the end are left
-    out, negative ones count as 0."""
+    """Mean cross entropy of scores (batch, length) for positions (batch,) or (batch, 1).
+
+    Positions past the end are left out. Negative positions count as 0.
+    """
     length = logits.shape[1]
     return F.cross_entropy(logits, positions.to(logits.device).flatten().clamp(0, length), ignore_index=length)

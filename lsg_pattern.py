@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class BlockRange(NamedTuple):
-    """For each block n the tokens from `start + n * step` up to, but without, `end + n * step`."""
+    """For each block n, the tokens from `start + n * step` up to, but not including, `end + n * step`."""
 
     start: int
     end: int
@@ -20,16 +20,16 @@ class BlockRange(NamedTuple):
         return self.end - self.start
 
     def shifted(self, num_blocks: int) -> "BlockRange":
-        """The ranges as counted from block `num_blocks` on."""
+        """The same ranges, counted from block `num_blocks`: it becomes block 0."""
         offset = num_blocks * self.step
         return BlockRange(self.start + offset, self.end + offset, self.step)
 
     def columns(self, begin: int, end: int) -> "BlockRange":
-        """Of each range only the places from `begin` up to, but without, `end`; nothing if these are not in order."""
+        """Of each range, the places from `begin` up to, but not including, `end`; none if `end` is below `begin`."""
         return BlockRange(self.start + begin, self.start + max(begin, end), self.step)
 
     def contains(self, token: Any, block: Any) -> Any:
-        """Whether tokens are in the ranges of blocks; both are integers or integer tensors."""
+        """Whether a token is in the range of a block; both arguments are integers or integer tensors."""
         place = token - block * self.step
         return (place >= self.start) & (place < self.end)
 
@@ -38,9 +38,9 @@ class BlockRange(NamedTuple):
 class LSGPattern:
     """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`.
 
-    A text is cut into blocks, and the sparse tokens that stand for a block are its image. A query sees all global
-    tokens; the text of its own block and of its neighbours (`text_range`); and the sparse tokens before and after the
-    image of that window (`sparse_ranges`), as far as there are any. Global tokens see and are seen by all.
+    A text is cut into blocks. The sparse tokens that stand for a block are its image. A query sees all global tokens,
+    the text of its own block and of the neighbouring blocks (`text_range`), and the sparse tokens before and after the
+    image of this text (`sparse_ranges`), as far as there are any. Global tokens see all and are seen by all.
 
     Args:
         num_global_tokens: global tokens before the text, at least 1.
@@ -67,8 +67,10 @@ class LSGPattern:
 
     @property
     def sparse_ranges(self) -> tuple[BlockRange, ...]:
-        """The sparse tokens that a block's queries see, on the left and on the right of the image of `text_range`;
-        none without a sparse part."""
+        """The sparse tokens that a block's queries see, left and right of the image of `text_range`.
+
+        It is empty without a sparse part.
+        """
         if self.sparsity_type is None:
             return ()
         step, size = self.sparse_per_block, self.sparse_block_size
@@ -77,17 +79,17 @@ class LSGPattern:
 
     @property
     def num_keys(self) -> int:
-        """Keys that a query of the text sees, where none of its ranges reaches past the text."""
+        """The number of keys that a query of the text sees if none of its ranges reaches past the text."""
         return self.num_global_tokens + sum(where.size for where in (self.text_range, *self.sparse_ranges))
 
     @property
     def full_length(self) -> int:
-        """The longest text in which every token sees every other by `text_range` alone."""
+        """The length of the longest text in which every token sees every other by `text_range` alone."""
         return (self.neighbours + 1) * self.block_size
 
     @property
     def sparse_per_block(self) -> int:
-        """Sparse tokens that stand for one block."""
+        """The number of sparse tokens that stand for one block."""
         return self.block_size // self.sparsity_factor
 
     @property

@@ -1,4 +1,4 @@
-"""What the sequence-to-sequence head does beyond a head: a step of `generate`, checks, the encoder's outputs."""
+"""Helpers of the sequence-to-sequence model: a step of `generate`, the encoder's outputs, checks of the inputs."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .lsg_compat import as_encoder_decoder_cache, find_cache
 from .lsg_inputs import check_mask, check_tokens
 from .lsg_outputs import LSGAlbertModelOutput
 
-# What a decoding step needs of all that `generate` hands from step to step. The last is refused by `forward`.
+# The arguments that a decoding step needs. `generate` passes more from step to step. `forward` refuses the last one.
 DECODING_ARGUMENTS = (
     "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
     "output_hidden_states", "decoder_inputs_embeds",
@@ -24,11 +24,11 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
 
     Args:
         input_ids: (batch, length), the decoder's tokens: all so far, or the new ones alone.
-        arguments: whatever `generate` hands from step to step. The cache is found among them by its type, since its
-            name differs between releases; others than the `DECODING_ARGUMENTS` are for the encoder or for `generate`.
+        arguments: all that `generate` passes from step to step. The cache is found by its type, because its name
+            differs between releases. Arguments outside `DECODING_ARGUMENTS` are for the encoder or for `generate`.
 
     Returns:
-        Those arguments, the cache, and as `decoder_input_ids` the tokens that are not in the cache yet.
+        The `DECODING_ARGUMENTS`, the cache, and as `decoder_input_ids` the tokens that are not in the cache yet.
     """
     cache = find_cache(arguments.values())
     if cache is not None:
@@ -40,7 +40,7 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
-    """The encoder's outputs by name, also where they come as the tuple that `return_dict=False` gives."""
+    """The encoder's outputs by name, even if they come as the tuple that `return_dict=False` gives."""
     if isinstance(encoder_outputs, ModelOutput):
         return encoder_outputs
     last_hidden_state, *others = encoder_outputs
@@ -49,8 +49,11 @@ def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
 
 
 def name_of_output(part: Tensor | tuple) -> str:
-    """Which output of the encoder a part of a tuple is. What is None is left out of tuples, so no place says it; the
-    number of dimensions does. States that were not selected are None."""
+    """The name of the encoder's output that a part of a tuple is.
+
+    A tuple leaves out outputs that are None, so the place of a part does not tell its name; its dimensions do.
+    In a tuple of states, those that were not selected are None.
+    """
     if isinstance(part, Tensor):
         return "global_hidden_states" if part.ndim == 3 else "pooler_output"
     are_maps = any(x is not None and x.ndim == 4 for x in part)
@@ -58,11 +61,12 @@ def name_of_output(part: Tensor | tuple) -> str:
 
 
 def states_for_decoder(encoder_outputs: ModelOutput, passes_globals: bool) -> Tensor:
-    """The states that the decoder attends to, (batch, keys, hidden): those of the global tokens if they are passed on,
-    then the text's.
+    """The states that the decoder attends to, (batch, keys, hidden).
+
+    The global tokens' states come first if `passes_globals`; the text's states follow.
 
     Raises:
-        ValueError: the global tokens' states are missing, or of another batch.
+        ValueError: the global tokens' states are missing, or have another batch size.
     """
     text_states = encoder_outputs.last_hidden_state
     if not passes_globals:
@@ -82,8 +86,11 @@ def states_for_decoder(encoder_outputs: ModelOutput, passes_globals: bool) -> Te
 
 
 def encoder_visibility(attention_mask: Tensor | None, keys: Tensor, num_globals: int) -> Tensor:
-    """Which of the encoder's states (batch, keys, ...), of which the first `num_globals` are global tokens, may be
-    attended to: (batch, keys) bool. In a row without any real token or global token it is all of them."""
+    """Which of the encoder's states may be attended to, (batch, keys) bool.
+
+    `keys` is (batch, keys, ...); the first `num_globals` keys are those of global tokens. In a row without any real or
+    global token, all keys may be attended to.
+    """
     if attention_mask is None:
         return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
     check_mask("attention_mask", attention_mask, (len(keys), keys.shape[1] - num_globals))
@@ -92,10 +99,10 @@ def encoder_visibility(attention_mask: Tensor | None, keys: Tensor, num_globals:
 
 
 def default_decoder_text(input_ids: Tensor | None, labels: Tensor | None, past_length: int) -> Tensor:
-    """What the decoder's inputs are made from where none are given: the labels, or else the encoder's ids.
+    """The ids that the decoder's default inputs are made from: the labels, or else the encoder's ids.
 
     Raises:
-        ValueError: there are neither, or the text has begun already.
+        ValueError: both are None, or the cache holds tokens already.
     """
     text = input_ids if labels is None else labels
     if text is None or past_length > 0:
@@ -115,7 +122,7 @@ def check_decoder_inputs(
     batch_size: int,
     past_length: int,
 ) -> None:
-    """`ValueError` for inputs of the decoder that are not in order, or not of the encoder's batch."""
+    """Raise `ValueError` for decoder inputs that are wrong, given twice, or not of the encoder's batch size."""
     if input_ids is not None and inputs_embeds is not None:
         raise ValueError("Give `decoder_input_ids` or `decoder_inputs_embeds`, not both.")
     shape = check_tokens(config, input_ids, inputs_embeds, "decoder_", past_length)

@@ -17,21 +17,22 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """As `sdpa_attention`, by matrix products and an explicit softmax."""
-    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # so float16 does not overflow
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # division first: no float16 overflow
     return drop(scores.softmax(-1), dropout) @ value
 
 
 def drop(weights: Tensor, dropout: float) -> Tensor:
-    """Dropout, where there is any: exporters do not see that one of 0 is none."""
+    """Apply dropout unless it is 0: exporters do not see that a dropout of 0 changes nothing."""
     return F.dropout(weights, dropout) if dropout else weights
 
 
 def attention_gradients(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grad_context: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the query, key and value of `sdpa_attention`, without dropout, from that of its context.
+    """The gradients of query, key and value in `sdpa_attention` without dropout, from the gradient of its context.
 
-    By torch's fused kernel; in half precision, where that takes twice as long on the CPU, by plain products.
+    torch's fused kernel computes them. In half precision the kernel takes twice as long on the CPU as plain products,
+    so plain products do.
     """
     if query.element_size() > 2:
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
@@ -46,11 +47,11 @@ def attention_gradients(
     return grad_query, grad_scores.mT @ query, weights.mT @ grad_context
 
 
-# FlexAttention is for blocks; where every token sees every other, there is nothing for it to pass over. A graph for
-# any length takes windows: the mask's tiles are laid out for one.
+# FlexAttention itself is for blocks (lsg_flex.py). If every token sees every other, it has no keys to skip. In a graph
+# for any length it cannot be used either, because the tiles of its mask are laid out for a single length.
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "flex_attention": sdpa_attention}
 
 
 def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 for visible keys, minus infinity for others."""
+    """The bias that is added to scores: 0 for visible keys, minus infinity for others."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)

@@ -39,8 +39,8 @@ def select_sparse_tokens(
     """Select or build the sparse tokens of every row and head.
 
     Args:
-        first_query: (B, H, T / block_size, D), for each block the query of the first token of its text; only
-            "bos_pooling" reads it.
+        first_query: (B, H, T / block_size, D), for each block, the query of the first token of the text that the block
+            belongs to. Only "bos_pooling" reads it.
         key: (B, H, T, D); T is a multiple of `pattern.block_size`.
         value: (B, H, T, E).
         visible: (B, 1, T) bool, True = may be attended to.
@@ -72,13 +72,15 @@ def select_sparse_tokens(
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Means are computed in float32 at least; autocast would take their products back to half precision."""
+    """A context without autocast. Means need float32 at least; autocast would compute them in half precision."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, factor: int) -> SparseTokens:
-    """Keep the `chunk_size // factor` visible tokens of largest key norm of each chunk, by ascending norm. Of tokens
-    with the same norm the first are kept."""
+    """Keep the `chunk_size // factor` visible tokens with the largest key norm in each chunk, by ascending norm.
+
+    Of tokens with the same norm, the first are kept.
+    """
     norms = torch.linalg.vector_norm(key, dim=-1, dtype=at_least_float32(key)) * visible
     chunks = norms.unflatten(2, (-1, chunk_size))  # (B, H, C, W)
     chosen = first_of_largest(chunks, chunk_size // factor).flip(-1)
@@ -90,7 +92,7 @@ def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, 
 
 
 def first_of_largest(x: Tensor, count: int) -> Tensor:
-    """The indices of the `count` largest in the last dimension, in descending order, the first of equal ones first."""
+    """The indices of the `count` largest values in the last dimension, descending, the first of equal values first."""
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK is stable by definition, but not all exporters can sort
         return x.topk(count, dim=-1).indices
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :count]
@@ -107,7 +109,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def strided(key: Tensor, value: Tensor, visible: Tensor, factor: int, run: int) -> SparseTokens:
-    """Head h takes the (h mod factor)-th run of `run` consecutive tokens in every `factor` runs."""
+    """Of every `factor` runs of `run` consecutive tokens, head h takes run number h mod factor."""
     num_heads = key.shape[1]
     head = torch.arange(num_heads, device=key.device)
 
@@ -119,14 +121,17 @@ def strided(key: Tensor, value: Tensor, visible: Tensor, factor: int, run: int) 
 
 
 def mean_weights(visible: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (B, 1, C, W) of the mean over the visible tokens of each chunk; chunks without any are not visible."""
+    """Weights (B, 1, C, W) of the mean over each chunk's visible tokens, and whether it has any, (B, 1, C)."""
     chunks = visible.unflatten(2, (-1, factor))
     members = chunks.to(dtype)
     return members / members.sum(-1, keepdim=True).clamp(min=1), chunks.any(-1)
 
 
 def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Softmax weights (B, H, C, W) of each chunk's visible tokens for its block's query (B, H, N, D)."""
+    """Softmax weights (B, H, C, W) of each chunk's visible tokens for its block's query, and whether it has any.
+
+    `query` is (B, H, N, D); the second result is (B, 1, C).
+    """
     dtype = at_least_float32(key)
     key_blocks = key.to(dtype).unflatten(2, (query.shape[2], -1))  # (B, H, N, T / N, D)
     scores = (key_blocks @ query.to(dtype)[..., None]).flatten(2) / math.sqrt(key.shape[-1])  # (B, H, T)
@@ -135,12 +140,12 @@ def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int
 
 
 def weighted_means(key: Tensor, value: Tensor, weights: Tensor, visible: Tensor) -> SparseTokens:
-    """Each chunk's keys and values, summed under the same weights."""
+    """Sum each chunk's keys and values with the same weights."""
     return SparseTokens(weighted_sum(weights, key), weighted_sum(weights, value), visible)
 
 
 def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
-    """Sum each chunk of `x` (B, H, C * W, D) under `weights` (B, 1 or H, C, W) -> (B, H, C, D), in x's dtype."""
+    """Sum each chunk of `x` (B, H, C * W, D) with `weights` (B, 1 or H, C, W) -> (B, H, C, D), in x's dtype."""
     chunks = x.unflatten(2, (-1, weights.shape[-1]))
     return (weights.to(at_least_float32(x))[..., None] * chunks).sum(3).to(x.dtype)
 
@@ -156,7 +161,7 @@ def hashed(
     """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; a sparse token is a cluster's mean."""
     dtype = at_least_float32(key)
     key_chunks, value_chunks = (x.to(dtype).unflatten(2, (-1, chunk_size)) for x in (key, value))
-    with torch.no_grad():  # which cluster a token is in has no gradient
+    with torch.no_grad():  # the choice of a token's cluster has no gradient
         members = cluster(key_chunks, visible.to(dtype).unflatten(2, (-1, chunk_size)), rounds, projections)
     count = members.sum(-1, keepdim=True)
     weights = members / count.clamp(min=1)  # (B, H, C, R, W)
@@ -167,7 +172,7 @@ def hashed(
 def cluster(key: Tensor, visible: Tensor, rounds: tuple[int, ...], projections: tuple[Tensor, ...]) -> Tensor:
     """Put each chunk's tokens into buckets.
 
-    Each round hashes the sums of the buckets that the round before it made, starting from single tokens.
+    The first round hashes single tokens. Each later round hashes the sums of the buckets of the round before.
 
     Args:
         key: (B, H, C, W, D).
@@ -185,7 +190,7 @@ def cluster(key: Tensor, visible: Tensor, rounds: tuple[int, ...], projections: 
 
 
 def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
-    """Buckets (B, H, C, W) as the matrix (B, H, C, R, W) with `visible` (B, 1, C, W) at each token's bucket, else 0."""
+    """The matrix (B, H, C, R, W) with `visible` (B, 1, C, W) at each token's `bucket` (B, H, C, W), 0 elsewhere."""
     if torch.onnx.is_in_onnx_export():  # slower, but without shapes that the older exporter would freeze
         is_member = bucket[..., None, :] == torch.arange(num_buckets, device=bucket.device)[:, None]
         return is_member * visible[..., None, :]
@@ -194,14 +199,14 @@ def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
 
 
 def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
-    """Which random direction, or opposite of one, each vector is nearest to, whatever its length.
+    """Which random direction, or opposite of a direction, each vector is nearest to; its length has no effect.
 
     Cross-polytope hashing, Andoni et al. 2015, arXiv 1509.02897.
 
     Args:
-        vectors: (B, H, C, W, D). For a vector of zeros it is direction 0.
-        projection: (H, D, R // 2), the directions. Their opposites follow them, so an odd number of buckets leaves the
-            last one empty, but for R = 1, without any direction, which takes all.
+        vectors: (B, H, C, W, D). A vector of zeros gets direction 0.
+        projection: (H, D, R // 2), the directions. Their opposites are numbered after them. If R is odd, the last
+            bucket stays empty, except for R = 1: there are no directions, and the only bucket takes all vectors.
 
     Returns:
         (B, H, C, W), long.
@@ -224,8 +229,8 @@ def hash_projections(
         rounds: buckets per chunk in each round (`LSGPattern.hash_rounds`).
         num_heads: H.
         head_dim: D.
-        seed: of a generator of their own, so that the same seed gives the same projections in every process; None
-            draws them from torch's global generator.
+        seed: of a separate generator, so that the same seed gives the same projections in every process. With None,
+            torch's global generator draws them.
 
     Returns:
         For each round with R buckets, a normal float32 tensor (num_calls, H, D, R // 2) on the CPU. All rounds of one

@@ -1,18 +1,24 @@
-"""Whether a computation is recorded to be run again, which forbids to look at the data or at the length at hand."""
+"""Whether a computation is recorded, to be run again on other inputs.
+
+While it is recorded, it must not look at the data; for an exported graph, it must not depend on the length either.
+"""
 
 import torch
 
 
 def is_traced() -> bool:
-    """Whether the computation is recorded, by a compiler or for a file, to be run on other inputs than those at hand."""
+    """Whether a compiler, an exporter or a tracer is recording the computation."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-# Before 2.7 torch does not tell an export from a compilation: both then get a graph for any length.
+# Before 2.7, torch does not tell an export from a compilation: both then get a graph for any length.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def is_exported() -> bool:
-    """Whether the record is a graph that stands alone, for texts of any length. Nothing in it may depend on the length
-    at hand. A compiler looks at the length each time, and compiles again for one that its code does not hold for."""
+    """Whether the record is a graph that stands alone, for texts of any length.
+
+    Nothing in such a graph may depend on the length of the present input. A compiler differs: it looks at each
+    call's length, and compiles again for a length that its code does not cover.
+    """
     return is_exporting() or torch.jit.is_tracing()

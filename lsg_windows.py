@@ -1,6 +1,6 @@
 """The key windows of blocks: for each block, all keys that its queries see, side by side.
 
-Places of a window that lie before the first token or after the last are its margins; they hold a fill value.
+The places of a window that lie before the first token or after the last are its margins. They hold a fill value.
 
 Dimension key:  B rows of the batch  H heads  G global tokens  T text tokens  N blocks  L sparse tokens
                 K keys per block
@@ -17,14 +17,14 @@ from .lsg_tracing import is_exported
 
 
 class KeyParts(NamedTuple):
-    """What windows are cut from: the keys, their values, or the rows that they belong to."""
+    """The tensors that windows are cut from: the keys, their values, or the rows that the keys belong to."""
 
     globals: Tensor  # (H, B, G, ...)
     text: Tensor  # (H, T, ...)
     sparse: Tensor | None  # (H, L, ...); None without a sparse part
 
     def ranged(self, pattern: LSGPattern) -> list[tuple[Tensor, BlockRange]]:
-        """The tokens that follow the global ones in a window, (H, L or T, ...), and which of them a block sees."""
+        """The sparse and text tokens (H, L or T, ...) in the order of a window, with the range that a block sees."""
         sparse = [(self.sparse, where) for where in pattern.sparse_ranges]
         return [*sparse, (self.text, pattern.text_range)]
 
@@ -49,9 +49,9 @@ def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float =
 
 
 def with_margins(tokens: Tensor, where: BlockRange, fill: float = 0) -> Tensor:
-    """All that is in the ranges of the tokens' N blocks, (H, N * step, ...) -> (H, size + (N - 1) * step, ...).
+    """What the ranges of N blocks cover, with margins: (H, N * step, ...) -> (H, size + (N - 1) * step, ...).
 
-    It does not ask for the number of blocks, and so is right in a graph for any number.
+    The function does not use the number of blocks, so it is right in a graph for any number of blocks.
     """
     beyond = where.end - where.step  # how far the last block's range reaches past the last token
     margins = max(-where.start, 0), max(beyond, 0)
@@ -60,7 +60,7 @@ def with_margins(tokens: Tensor, where: BlockRange, fill: float = 0) -> Tensor:
 
 
 def cut_windows(strip: Tensor, where: BlockRange, num_blocks: int) -> Tensor:
-    """Cut what is in consecutive ranges, (H, size + (N - 1) * step, ...), into windows: (H, N, size, ...)."""
+    """Cut a strip (H, size + (N - 1) * step, ...) into windows, one for each block: (H, N, size, ...)."""
     if is_exported():  # not all exporters know how to unfold a dimension of any length
         first = torch.arange(num_blocks, device=strip.device)[:, None] * where.step
         return strip[:, first + torch.arange(where.size, device=strip.device)]
@@ -68,7 +68,7 @@ def cut_windows(strip: Tensor, where: BlockRange, num_blocks: int) -> Tensor:
 
 
 def add_windows(strip: Tensor, windows: Tensor, where: BlockRange) -> None:
-    """Add windows (H, N, size, ...) to what they were cut from, in place: the gradient of `cut_windows`."""
+    """Add windows (H, N, size, ...), in place, to the strip that they were cut from: the gradient of `cut_windows`."""
     for start in range(0, where.size, where.step):  # pieces of one step do not overlap; whole windows do
         piece = windows[:, :, start : start + where.step]
         places = strip[:, start:].unfold(1, piece.shape[2], where.step).movedim(-1, 2)

@@ -1,4 +1,8 @@
-"""LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API."""
+"""LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API.
+
+All public classes are defined here, because a saved model carries the files that its own module imports. Their parts
+are in the `lsg_*.py` files.
+"""
 
 import copy
 from typing import Any
@@ -19,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, check_problem_type
 
-# Releases before 5.1 copy to a checkpoint only the files that this one imports directly: it imports them all.
+# Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
 from .lsg_attention import lsg_attention  # noqa: F401
 from .lsg_blocks import BlockList  # noqa: F401
 from .lsg_chunks import ChunkedAttention  # noqa: F401
@@ -64,15 +68,15 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _no_split_modules = ["LSGAlbertLayer"]  # for `device_map="auto"`
-    _supports_param_buffer_assignment = False  # transformers 4.4x would part the two names of the decoder's bias
-    # A file may hold a pooler or a decoder that a model does not have, and, if it is old, the positions' buffer.
+    _supports_param_buffer_assignment = False  # transformers 4.4x would untie the two names of the decoder's bias
+    # A checkpoint may hold a pooler or a decoder that the model lacks. Old ones also hold the buffer of position ids.
     _keys_to_ignore_on_load_unexpected = [r"pooler\.", r"embeddings\.position_ids", r"decoder\.cross_attentions\."]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("torch.distributed."):
-            # FSDP's `fully_shard` gives a model a class of its own below the model's. `save_pretrained` would write down
-            # that name, and copy PyTorch's files for its code.
+            # FSDP's `fully_shard` makes a subclass of the model's class. `save_pretrained` would write the
+            # subclass's name into the config, and copy PyTorch's files as its code.
             model_class = cls.__bases__[-1]
             cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
 
@@ -88,7 +92,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
         super().__init__(config_for(config, is_encoder_decoder))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A `forward` that took these with `**kwargs` would have to use or refuse whatever else comes.
+        # Refused here: a `forward` that took `**kwargs` would have to use or refuse all other names too.
         given = _MARKS_OF_PACKING & kwargs.keys()
         if given:
             raise ValueError(
@@ -112,14 +116,14 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     def _autoset_attn_implementation(
         cls, config: LSGAlbertConfig, use_flash_attention_2: bool = False, **kwargs: Any
     ) -> LSGAlbertConfig:
-        # Of the releases we try only 4.44 and 4.48 call this. For flash attention they send the user to the authors.
+        # Of the releases we test, only 4.44 and 4.48 call this. Their error for flash attention points to the authors.
         check_attn_implementation("flash_attention_2" if use_flash_attention_2 else config._attn_implementation)
-        if config._attn_implementation == "flex_attention":  # the older does not know it
+        if config._attn_implementation == "flex_attention":  # 4.44 does not know it
             return config
         return super()._autoset_attn_implementation(config, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Only torch.nn.init: transformers 5 replaces its functions by ones that leave loaded parameters alone.
+        # Use only torch.nn.init: transformers 5 replaces its functions with ones that leave loaded parameters alone.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
@@ -136,8 +140,10 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
 
 
 def config_for(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
-    """The configuration itself where it is right for an encoder-decoder model, or for an encoder, and else a copy that
-    is: whatever a checkpoint was saved from, each class can be loaded from it."""
+    """The configuration itself if it fits an encoder-decoder model (or an encoder), else a copy that fits.
+
+    So each class can be loaded from any checkpoint, whatever class the checkpoint was saved from.
+    """
     start_token_id = config.decoder_start_token_id
     if is_encoder_decoder and start_token_id is None:
         start_token_id = config.bos_token_id
@@ -158,11 +164,11 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
             Whether `pooler_output` is computed.
         is_encoder_decoder (`bool`, *optional*, defaults to `False`):
-            Whether it is part of an encoder-decoder model, whose configuration it then shares.
+            Whether this is part of an encoder-decoder model. Both then share one configuration.
         takes_packed (`bool`, *optional*, defaults to `True`):
-            Whether a row may hold several texts; not below a head with one answer for each row.
+            Whether a row may hold several texts. False under a head that gives one answer for each row.
         reads_padding (`bool`, *optional*, defaults to `False`):
-            Whether a head computes with the outputs of padding, which is then not left out.
+            Whether a head uses the outputs of padding. Blocks of padding are then not left out.
     """
 
     def __init__(
@@ -207,25 +213,25 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token types, 0 by default.
             position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
-                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default. Where all of them
-                count up by one, but begin again within a row, the row holds several texts: each gets the outputs that
-                it has alone, with global tokens of its own, and `pooler_output` and `global_hidden_states` have a row
-                for each text.
+                Positions below `max_position_embeddings`, 0 to `sequence_length - 1` by default. If all of them count
+                up by one, but begin again within a row, the row holds several texts. Each text then has its own global
+                tokens and gets the same outputs as alone. `pooler_output` and `global_hidden_states` have a row for
+                each text.
             head_mask:
-                Not supported; there for callers that pass `None` by position.
+                Not supported. The argument exists for callers that pass `None` by position.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             output_attentions (`bool`, *optional*):
                 Whether to return the effective attention maps. They are quadratic in the length.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
-                Whether to return the states before and after each layer; with indices, only those, and `None` for the
-                others.
+                Whether to return the states before and after each layer. Indices select some of them; the others are
+                then `None`.
             return_dict (`bool`, *optional*):
                 Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
 
         Raises:
-            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported, or several texts
-                are packed into a row below a head with one answer for each row.
+            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported; or a row holds
+                several texts under a head that gives one answer for each row.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -252,7 +258,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             return output if return_dict else output.to_tuple()
         batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
         if batch_size == 0 and not is_traced():
-            # No rows have no blocks to speak of: the outputs are none of those of one row.
+            # A batch of no rows has no blocks. Compute the outputs of one row, and return none of its rows.
             row = (
                 None if x is None else x.new_zeros(1, *x.shape[1:])
                 for x in (input_ids, attention_mask, token_type_ids)
@@ -269,7 +275,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
 
         embeddings = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )  # by name: tools that hook layers count on tensors among the positional arguments
+        )  # by name: tools that hook layers expect all positional arguments to be tensors
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
         visible = attention_mask.to(embeddings.device, torch.bool)
@@ -294,7 +300,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
     def _check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
     ) -> tuple[int, int]:
-        """The batch size and length of inputs that are in order; `ValueError` for others."""
+        """Check the inputs and return their batch size and length; `ValueError` if the inputs are wrong."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         shape = check_tokens(self.config, input_ids, inputs_embeds)
@@ -319,8 +325,8 @@ class LSGAlbertMLMHead(nn.Module):
         return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
 
     def _tie_weights(self) -> None:
-        # Only transformers 4 calls this. The two names are not tied here from the start: what is one parameter already
-        # on the meta device, transformers 5 takes for loaded where a file has neither name.
+        # Only transformers 4 calls this. `__init__` does not tie the two names: if they are one parameter on the meta
+        # device already, transformers 5 takes the bias for loaded even if the file has neither name.
         self.decoder.bias = self.bias
 
 
@@ -344,22 +350,22 @@ def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
 
 
 class _WithMLMHead(LSGAlbertPreTrainedModel):
-    """A model whose `predictions` share the word embeddings."""
+    """A model whose head `predictions` shares the word embeddings."""
 
     accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
-    # transformers 5 wants {target: source}; transformers 4 reads the keys.
+    # transformers 5 reads {target: source}; transformers 4 reads only the keys.
     _tied_weights_keys = {
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
         "predictions.decoder.bias": "predictions.bias",
     }
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # Only transformers 5 calls this. The bias has two names also where `tie_word_embeddings` is False.
+        # Only transformers 5 calls this. The bias has two names even if `tie_word_embeddings` is False.
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         return {**tied, "predictions.decoder.bias": "predictions.bias"}
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        # A file has one name of the bias, and loading may have put a parameter in that place alone.
+        # A file holds the bias under one name, and loading may have set the parameter under that name alone.
         if self.predictions.bias.is_meta and not self.predictions.decoder.bias.is_meta:
             self.predictions.bias = self.predictions.decoder.bias
         super().tie_weights(*args, **kwargs)
@@ -406,9 +412,9 @@ class LSGAlbertForPreTraining(_WithMLMHead):
             sentence_order_label (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 0 for the original order, 1 for the switched one. The loss needs both labels.
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
-                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them. It
-                counts no sentences, so each text's order then counts as often as the text has masked tokens: the loss
-                does not depend on how a step is cut into batches.
+                Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
+                `Trainer` does not count texts, so the order of a text is then weighted by the number of its masked
+                tokens. So the loss does not depend on how a step is cut into batches.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -461,7 +467,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids of the masked tokens, -100 elsewhere.
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
-                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
+                Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -476,17 +482,18 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
 
 class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
     """
-    A sequence-to-sequence model. Its decoder is the encoder's embeddings and layers once more, with causal
-    self-attention and a cross-attention put into each layer, see [`LSGAlbertDecoder`]; its head is that of the masked
-    language model. Any checkpoint of an ALBERT or LSG-ALBERT holds all of it but the cross-attention, which starts as
-    a copy of the self-attention.
+    A sequence-to-sequence model. Its decoder uses the encoder's embeddings and layers again, with causal
+    self-attention and a cross-attention in each layer, see [`LSGAlbertDecoder`]. Its head is that of the masked
+    language model. Any checkpoint of an ALBERT or LSG-ALBERT holds all weights except those of the cross-attention,
+    which starts as a copy of the self-attention.
     """
 
-    _supports_cache_class = True  # of transformers 4.4x
+    _supports_cache_class = True  # read by transformers 4.4x
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config, is_encoder_decoder=True)
-        # First, or `device_map="auto"` takes it for `predictions.decoder` and looks for what that is tied to in vain.
+        # The decoder comes first: otherwise `device_map="auto"` takes it for `predictions.decoder`, and does not find
+        # the weights that `predictions.decoder` is tied to.
         self.decoder = LSGAlbertDecoder(self.config)
         self.albert = LSGAlbertModel(self.config, add_pooling_layer=False, is_encoder_decoder=True)
         self.predictions = LSGAlbertMLMHead(self.config)
@@ -495,9 +502,11 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in `PreTrainedModel`, and what an encoder's checkpoint lacks is filled in: cross-attentions that the
-        checkpoint has not get the weights of the self-attentions, and `generation_config` the ids of the config, and
-        its `use_cache`, which an encoder's file has no say in."""
+        """As in `PreTrainedModel`, but this also fills in what an encoder's checkpoint lacks.
+
+        Missing cross-attentions get the weights of the self-attentions. `generation_config` gets missing ids from the
+        config and, with an encoder's checkpoint, `use_cache`: the value in an encoder's files is ignored.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
         model.decoder.copy_self_attentions(model.albert.encoder.albert_layer_groups, missing)
@@ -516,7 +525,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         return self.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels (batch, length), -100 where there is none -> the decoder's inputs (batch, length)."""
+        """Labels (batch, length), with -100 for no label -> the decoder's inputs (batch, length)."""
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -548,27 +557,27 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
             input_ids, attention_mask, inputs_embeds, token_type_ids, position_ids (*optional*):
                 The encoder's inputs, as in [`LSGAlbertModel`].
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
-                The decoder's tokens, behind those in `cache`. By default `labels`, or else `input_ids`, one
+                The decoder's tokens, after those in `cache`. The default is `labels`, or else `input_ids`, moved one
                 place to the right behind `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`, *optional*):
                 1 for real tokens of the decoder, 0 for padding, which may stand on either side.
             encoder_outputs (`LSGAlbertModelOutput` or `tuple`, *optional*):
                 What the encoder returned, in place of its inputs. `attention_mask` still says what is padding.
             cache, past_key_values (`EncoderDecoderCache`, *optional*):
-                Keys and values of the tokens before, as returned, under either name. Where they include those of the
-                encoder's states, neither the encoder's inputs nor its outputs are needed.
+                Keys and values of the earlier tokens, as returned by the previous call; both names mean the same. If
+                they include those of the encoder's states, neither the encoder's inputs nor its outputs are needed.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, embedding_size)`, *optional*):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
-                Ids that the decoder is to predict, -100 where there is none.
+                Ids that the decoder is to predict, with -100 for no label.
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
-                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
+                Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
             use_cache (`bool`, *optional*):
                 Whether to return the cache: as `cache` from transformers 5.24 on, and as `past_key_values` before. It
                 is never returned with labels, or in training with gradient checkpointing.
             output_attentions, output_hidden_states, return_dict (*optional*):
-                As in [`LSGAlbertModel`], for both encoder and decoder. The maps of cross-attention have a column for
-                each global token first, with `pass_global_tokens_to_decoder`.
+                As in [`LSGAlbertModel`], for both encoder and decoder. With `pass_global_tokens_to_decoder`, the maps
+                of cross-attention begin with a column for each global token.
 
         Raises:
             ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
@@ -625,7 +634,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         output = Seq2SeqLMOutput(
             None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits,
-            cache if use_cache else None,  # by its place, which is the same in all releases
+            cache if use_cache else None,  # by position: its name differs between releases
             decoder_hidden_states=select_states([*all_states, states], output_hidden_states),
             decoder_attentions=tuple(self_maps) if output_attentions else None,
             cross_attentions=tuple(cross_maps) if output_attentions else None,
@@ -637,7 +646,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
 
 
 class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
-    """A classifier, or a regression, of whole documents."""
+    """Classification or regression of whole documents."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)
@@ -665,8 +674,8 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
 
         Args:
             labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-                Class indices, or a float matrix of 0 and 1 for several classes at once, or with one label the values
-                of a regression. `config.problem_type` decides where the labels do not.
+                Class indices; or a float matrix of 0 and 1 for several classes at once; or, with one label, the values
+                of a regression. If `config.problem_type` is set, it decides which of these the labels are.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -726,9 +735,9 @@ class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The tokens' classes, -100 where there is none.
+                The tokens' classes, with -100 for no label.
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
-                By what to divide the sum of the losses: the labels of all batches of a step, as `Trainer` counts them.
+                Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -771,7 +780,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
 
         Args:
             start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                The answer's first and last token; answers outside the input are left out of the loss.
+                The answer's first and last token. Positions past the end of the input are left out of the loss.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -789,7 +798,7 @@ class LSGAlbertForQuestionAnswering(LSGAlbertPreTrainedModel):
 
 
 class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
-    """Scores of several texts, of which one is right."""
+    """Scores of several texts, one of which is the right choice."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__(config)

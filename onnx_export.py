@@ -1,6 +1,6 @@
-"""An ONNX file of a model for texts of any length and batches of any size, compared with the model before it is kept.
+"""Export a model to an ONNX file for any batch size and length, and compare the file with the model before keeping it.
 
-It needs `pip install "lsg-albert[onnx]"`.
+This needs `pip install "lsg-albert[onnx]"`.
 """
 
 import math
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from . import modeling_lsg_albert as models
 from .configuration_lsg_albert import LSGAlbertConfig
 
-# The outputs of a file, for the classes that can have one.
+# The classes that can be exported, with the outputs of their files.
 OUTPUTS = {
     "LSGAlbertModel": ("last_hidden_state",),
     "LSGAlbertForMaskedLM": ("logits",),
@@ -27,12 +27,12 @@ OUTPUTS = {
     "LSGAlbertForQuestionAnswering": ("start_logits", "end_logits"),
 }
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TOLERANCE = 1e-4  # of the largest value of an output, or of 1
-TEXTS = 3  # tried for each length
+TOLERANCE = 1e-4  # relative to the largest value of an output, or to 1 if that is larger
+TEXTS = 3  # batches of texts tried for each length, until one agrees
 
 
 class NamedOutputs(nn.Module):
-    """A model as a function of `INPUTS` with a tuple of some of its outputs."""
+    """A model as a function of `INPUTS` that returns the named outputs as a tuple."""
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...]):
         super().__init__()
@@ -48,15 +48,15 @@ def export_onnx(source: str, file: str | Path, architecture: str | None = None) 
 
     Args:
         source: a directory, or the name of a repository on the Hub.
-        file: to write, or to replace.
-        architecture: a class in `OUTPUTS`; None for that of the checkpoint.
+        file: the file to write; an existing one is replaced.
+        architecture: a class in `OUTPUTS`; None for the class that the checkpoint names.
 
     Returns:
-        For each length in tokens the largest difference of an output at a real token.
+        For each length in tokens, the largest difference of an output at a real token.
 
     Raises:
-        ValueError: the checkpoint is no LSG-ALBERT of such a class, a package is missing, or the file does not compute
-            what the model does. Nothing is written then.
+        ValueError: the checkpoint is not an LSG-ALBERT of a class in `OUTPUTS`, a package is missing, or the file's
+            outputs differ from the model's. Nothing is written then.
     """
     check_packages()
     model = load_model(source, architecture)
@@ -65,13 +65,13 @@ def export_onnx(source: str, file: str | Path, architecture: str | None = None) 
         written = Path(folder) / target.name
         write_graph(model, written)
         differences = compare(model, written)
-        for part in Path(folder).iterdir():  # weights of more than 2 GB are in a file of their own
+        for part in Path(folder).iterdir():  # weights of more than 2 GB are in a separate file
             os.replace(part, target.parent / part.name)
     return differences
 
 
 def check_packages() -> None:
-    """`ValueError` where a package that is needed cannot be imported."""
+    """Raise `ValueError` if a package that the export needs cannot be imported."""
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -82,7 +82,7 @@ def check_packages() -> None:
 
 
 def load_model(source: str, architecture: str | None) -> PreTrainedModel:
-    """The model of a checkpoint, in float32 on the CPU; `ValueError` for one that has no file in `OUTPUTS`."""
+    """The model of a checkpoint, in float32 on the CPU; `ValueError` if its class is not in `OUTPUTS`."""
     config = LSGAlbertConfig.from_pretrained(source)
     name = architecture or (config.architectures or ["LSGAlbertModel"])[0]
     if name not in OUTPUTS:
@@ -100,7 +100,7 @@ def write_graph(model: PreTrainedModel, file: Path) -> None:
     inputs = random_text(model.config, 2, length, seed=0)
     axes = {0: "batch", 1: "length"}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             NamedOutputs(model, names).eval(), (), kwargs=inputs, dynamo=True, verbose=False,
             input_names=list(INPUTS), output_names=list(names), dynamic_shapes=dict.fromkeys(INPUTS, axes),
@@ -119,11 +119,13 @@ def random_text(config: LSGAlbertConfig, batch_size: int, length: int, seed: int
 
 
 def compare(model: PreTrainedModel, file: Path) -> dict[int, float]:
-    """The largest difference between a file and its model, by length: one token, the shortest that is read block by block, many blocks.
+    """The largest difference between a file and its model, for each of three lengths.
+
+    The lengths are one token, the shortest text that is read block by block, and many blocks.
 
     Raises:
-        ValueError: they differ. Where the norms of two keys differ in the last bits only, rounding may select the other
-            one; a wrong file differs for all texts.
+        ValueError: file and model differ for all batches of a length. If the norms of two keys differ only in the last
+            bits, rounding may select the other key in one batch; a wrong file differs for all batches.
     """
     import onnxruntime
 
@@ -149,7 +151,7 @@ def compare(model: PreTrainedModel, file: Path) -> dict[int, float]:
 
 @torch.no_grad()
 def difference(model: PreTrainedModel, inputs: dict[str, Tensor], outputs: list[np.ndarray]) -> tuple[float, float]:
-    """The largest difference of an output at a real token: relative to the output's largest value, or 1, and as is."""
+    """The largest difference of an output at a real token: relative to the largest value (or to 1), and absolute."""
     expected = NamedOutputs(model, OUTPUTS[type(model).__name__])(**inputs)
     real = inputs["attention_mask"].bool()
     largest = (0.0, 0.0)
