@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lsg_blocks import BlockList, list_blocks
 from .lsg_chunks import ChunkedAttention, can_chunk
 from .lsg_flex import flex_attention_of_blocks
+from .lsg_gather import KeyParts, key_windows
+from .lsg_padding import BlockList, list_blocks
 from .lsg_pattern import LSGPattern
 from .lsg_softmax import ATTENTION_FUNCTIONS, drop, visibility_bias
 from .lsg_sparsity import SparseTokens, at_least_float32, select_sparse_tokens
 from .lsg_tracing import is_exported
-from .lsg_windows import KeyParts, key_windows
 
 MAP_COLUMNS = 512  # columns of an attention map computed at a time; this bounds the memory needed beside the map
 

@@ -3,7 +3,7 @@
 The result is that of `window_attention` with `sdpa_attention`. The windows of all blocks at once would need fresh
 memory, which is slow on a CPU.
 
-Dimension key:  as in lsg_windows.py, and  W block_size  D head_dim  E value width
+Dimension key:  as in lsg_gather.py, and  W block_size  D head_dim  E value width
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lsg_gather import KeyParts, add_windows, cut_windows
 from .lsg_pattern import BlockRange, LSGPattern
 from .lsg_softmax import attention_gradients, sdpa_attention
 from .lsg_tracing import is_traced
-from .lsg_windows import KeyParts, add_windows, cut_windows
 
 CHUNK_BYTES = 2**21  # approximate number of bytes of keys that are copied into windows at a time
 

@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
 from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
-from .lsg_blocks import BlockList, list_blocks
 from .lsg_compat import GradientCheckpointingLayer
 from .lsg_flex import check_no_dropout
+from .lsg_padding import BlockList, list_blocks
 from .lsg_pattern import LSGPattern
 from .lsg_sparsity import hash_projections
 from .lsg_tracing import is_exported, is_traced

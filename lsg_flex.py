@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .lsg_gather import KeyParts
 from .lsg_pattern import LSGPattern
-from .lsg_windows import KeyParts
 
 TILE = 128  # queries and keys of one tile, torch's own default
 

@@ -25,12 +25,12 @@ from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation
 
 # Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
 from .lsg_attention import lsg_attention  # noqa: F401
-from .lsg_blocks import BlockList  # noqa: F401
 from .lsg_chunks import ChunkedAttention  # noqa: F401
 from .lsg_compat import as_encoder_decoder_cache, cached, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder, get_activation
 from .lsg_flex import flex_attention_of_blocks  # noqa: F401
+from .lsg_gather import key_windows  # noqa: F401
 from .lsg_inputs import check_mask, check_tokens, find_texts
 from .lsg_outputs import (
     LSGAlbertForPreTrainingOutput,
@@ -39,6 +39,7 @@ from .lsg_outputs import (
     span_loss,
     token_loss,
 )
+from .lsg_padding import BlockList  # noqa: F401
 from .lsg_pattern import LSGPattern  # noqa: F401
 from .lsg_seq2seq import (
     as_model_output,
@@ -51,7 +52,6 @@ from .lsg_seq2seq import (
 from .lsg_softmax import ATTENTION_FUNCTIONS  # noqa: F401
 from .lsg_sparsity import select_sparse_tokens  # noqa: F401
 from .lsg_tracing import is_traced
-from .lsg_windows import key_windows  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_attention import lsg_attention
 from lsg_albert.modeling_lsg_albert import LSGAlbertModel
 from test_lsg_attention import cases, draw_projections
-from test_lsg_blocks import ragged_inputs
+from test_lsg_padding import ragged_inputs
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsg_albert.lsg_chunks import Chunk
+from lsg_albert.lsg_gather import KeyParts, key_windows
 from lsg_albert.lsg_pattern import LSGPattern
-from lsg_albert.lsg_windows import KeyParts, key_windows
 
 
 @st.composite

@@ -3,7 +3,7 @@
 Three things look like padding. Each has its own word, and no query attends to any of them:
   padding    tokens with 0 in the caller's `attention_mask`. Whole blocks of it at the end of a row are left out here.
   alignment  tokens that the encoder appends so that the last block is whole (`LSGAlbertEncoder.alignment`).
-  margins    places of a key window that lie before the first token or after the last (lsg_windows.py).
+  margins    places of a key window that lie before the first token or after the last (lsg_gather.py).
 
 Dimension key:  B rows of the batch  G global tokens  T text tokens of a row  N blocks  W block_size  H heads
                 Z segments  I tokens of a segment
