@@ -1,6 +1,7 @@
 """The key windows of blocks: for each block, all keys that its queries see, side by side.
 
-How wide the windows are is said in lsg_pattern.py. The places of a window that lie before the first token or after the last are its margins. They hold a fill value.
+How wide the windows are is said in lsg_pattern.py. The places of a window that lie before the first token or after the
+last are its margins. They hold a fill value.
 
 Dimension key:  B rows of the batch  H heads  G global tokens  T text tokens  N blocks  L sparse tokens
                 K keys per block

@@ -183,6 +183,7 @@ def test_a_full_disk_is_one_line(masked_lm, small_disk, capsys, monkeypatch):
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_it_runs_from_a_clone(masked_lm, target, tmp_path):
     assert convert(masked_lm, target, *SHORT, "--no-verify") == 0
     other = tmp_path / "other"
@@ -260,6 +261,7 @@ def readme_section():
     return found[2]
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_written_on_a_local_source(masked_lm, tmp_path, installed, monkeypatch):
     section = readme_section()
     scripts = tmp_path / "bin"

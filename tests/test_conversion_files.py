@@ -91,6 +91,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_before_any_file_operation_it_leaves_a_whole_target_or_none(tmp_path):
     save(make_albert(vocab_size=100), tmp_path / "source", tokenizer=False)

@@ -174,6 +174,7 @@ def test_an_export_compiled_ahead_of_time_holds_for_all_lengths(tiny_config, tmp
     assert_equals_eager(model, lambda inputs: compiled(**inputs).last_hidden_state)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compilations_for_changing_lengths_and_batches_are_few(tiny_config):
     """Full and block attention, with rows to pad or not, each for one row and for several, and one token alone."""

@@ -895,6 +895,7 @@ def test_packed_texts_in_ways_that_do_not_work_are_refused(tiny_config):
         torch.jit.trace(lambda ids, positions: model(ids, position_ids=positions)[0], tuple(row.values()))
 
 
+@pytest.mark.slow
 def test_packed_texts_are_told_apart_in_a_compiled_model(tiny_config):
     model = LSGAlbertModel(tiny_config()).eval()
     compiled = torch.compile(model, backend="eager")
