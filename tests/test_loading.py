@@ -229,7 +229,6 @@ print("loaded")
     assert result.stdout.endswith("loaded\n"), result.stdout + result.stderr
 
 
-@pytest.mark.slow
 def test_every_saved_class_carries_all_code_and_loads_as_every_other(repository, tmp_path):
     """In processes of their own: what a file imports late, or from the module that imports it, shows only there."""
     save = """
