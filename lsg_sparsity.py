@@ -153,7 +153,7 @@ def hashed(
     rounds: tuple[int, ...],
     projections: tuple[Tensor, ...],
 ) -> SparseTokens:
-    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; each mean is a sparse token."""
+    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; cluster means are sparse tokens."""
     dtype = at_least_float32(key)
     key_chunks, value_chunks = (x.to(dtype).unflatten(2, (-1, chunk_size)) for x in (key, value))
     with torch.no_grad():  # the choice of a token's cluster has no gradient
