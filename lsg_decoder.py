@@ -98,7 +98,7 @@ def shift_right(ids: Tensor, start_token_id: int | None, pad_token_id: int | Non
 
 
 class LSGAlbertCrossAttention(nn.Module):
-    """Multi-head attention to the encoder's states with its output projection, residual connection and normalization."""
+    """Multi-head attention to the encoder's states with output projection, residual connection and normalization."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()

@@ -80,7 +80,7 @@ def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
 
 
 class LSGAlbertEmbeddings(nn.Module):
-    """Embeddings of the global tokens, then of the text: the sum of word, position and token-type embeddings."""
+    """The global tokens' embeddings, then the text's, which are sums of word, position and token-type embeddings."""
 
     def __init__(self, config: LSGAlbertConfig):
         super().__init__()
@@ -312,7 +312,7 @@ class LSGAlbertEncoder(nn.Module):
                 text_states.append(text)
                 states = states if is_exported() else pack(rows)  # exported graphs have no gradients
             elif output_attentions:
-                states = unpack(states)  # blanks padding, as above: maps are the same with states and without
+                states = unpack(states)  # blanks padding, as the branch above does, so that maps are the same
             for layer in self.albert_layer_groups[group_index].albert_layers:
                 map_size = num_tokens if output_attentions else None
                 states, *attention_map = layer(states, seen, self.pattern, next(projections), map_size)
@@ -403,7 +403,7 @@ class LSGAlbertEncoder(nn.Module):
 def floats_of_bits(bits: Tensor) -> Tensor:
     """What `bits.view(torch.float32)` gives for int32, by exact arithmetic, because ONNX has no such view.
 
-    It is right only for normal floating-point numbers, not for subnormal ones. The random projections are normal.
+    It is right only for numbers that are not subnormal. The random projections hold only such numbers.
     """
     magnitude = bits.long() + torch.where(bits < 0, 2**31, 0)
     exponent = magnitude // 2**23

@@ -104,7 +104,7 @@ def tiles_of_keys(
     """For each tile of queries, the tiles of keys that hold any key it may see.
 
     Returns:
-        The number of such tiles, (1, 1, tiles), and the indices of all tiles of keys, such tiles first,
+        The number of such tiles, (1, 1, tiles), and the indices of all tiles of keys, these tiles first,
         (1, 1, tiles, tiles of keys); both int32.
     """
     device, num_text = row.device, num_keys - first_text

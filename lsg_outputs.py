@@ -58,7 +58,7 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
 def select_states(
     hidden_states: list[Tensor], selection: bool | int | list[int] | None
 ) -> tuple[Tensor | None, ...] | None:
-    """All states for True, None for False or None; for indices (also negative ones), None in place of other states."""
+    """All states for True, None for False or None; for indices (negative ones too), None in place of the others."""
     if selection is None or isinstance(selection, bool):
         return tuple(hidden_states) if selection else None
     indices = [selection] if isinstance(selection, int) else selection

@@ -20,7 +20,7 @@ class BlockRange(NamedTuple):
         return self.end - self.start
 
     def shifted(self, num_blocks: int) -> "BlockRange":
-        """The same ranges, counted from block `num_blocks`: it becomes block 0."""
+        """The same ranges, with the blocks counted from block `num_blocks` on."""
         offset = num_blocks * self.step
         return BlockRange(self.start + offset, self.end + offset, self.step)
 
@@ -69,7 +69,7 @@ class LSGPattern:
     def sparse_ranges(self) -> tuple[BlockRange, ...]:
         """The sparse tokens that a block's queries see, left and right of the image of `text_range`.
 
-        It is empty without a sparse part.
+        The tuple is empty without a sparse part.
         """
         if self.sparsity_type is None:
             return ()

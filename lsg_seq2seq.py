@@ -12,7 +12,7 @@ from .lsg_compat import as_encoder_decoder_cache, find_cache
 from .lsg_inputs import check_mask, check_tokens
 from .lsg_outputs import LSGAlbertModelOutput
 
-# The arguments that a decoding step needs. `generate` passes more from step to step. `forward` refuses the last one.
+# Of the arguments that `generate` passes from step to step, those that `forward` gets. `forward` refuses the last one.
 DECODING_ARGUMENTS = (
     "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
     "output_hidden_states", "decoder_inputs_embeds",
@@ -28,7 +28,7 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
             differs between releases. Arguments outside `DECODING_ARGUMENTS` are for the encoder or for `generate`.
 
     Returns:
-        The `DECODING_ARGUMENTS`, the cache, and as `decoder_input_ids` the tokens that are not in the cache yet.
+        These arguments, the cache, and as `decoder_input_ids` the tokens that are not in the cache yet.
     """
     cache = find_cache(arguments.values())
     if cache is not None:

@@ -31,8 +31,8 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value in `sdpa_attention` without dropout, from the gradient of its context.
 
-    torch's fused kernel computes them. In half precision the kernel takes twice as long on the CPU as plain products,
-    so plain products do.
+    torch's fused kernel computes them. In half precision plain products do, because the kernel takes twice as long on
+    the CPU.
     """
     if query.element_size() > 2:
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]

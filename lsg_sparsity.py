@@ -121,17 +121,14 @@ def strided(key: Tensor, value: Tensor, visible: Tensor, factor: int, run: int) 
 
 
 def mean_weights(visible: Tensor, factor: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (B, 1, C, W) of the mean over each chunk's visible tokens, and whether it has any, (B, 1, C)."""
+    """Weights (B, 1, C, W) of each chunk's mean over its visible tokens, and whether the chunk has any, (B, 1, C)."""
     chunks = visible.unflatten(2, (-1, factor))
     members = chunks.to(dtype)
     return members / members.sum(-1, keepdim=True).clamp(min=1), chunks.any(-1)
 
 
 def first_query_weights(query: Tensor, key: Tensor, visible: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Softmax weights (B, H, C, W) of each chunk's visible tokens for its block's query, and whether it has any.
-
-    `query` is (B, H, N, D); the second result is (B, 1, C).
-    """
+    """As `mean_weights`, but softmax weights (B, H, C, W) of the tokens for their block's query (B, H, N, D)."""
     dtype = at_least_float32(key)
     key_blocks = key.to(dtype).unflatten(2, (query.shape[2], -1))  # (B, H, N, T / N, D)
     scores = (key_blocks @ query.to(dtype)[..., None]).flatten(2) / math.sqrt(key.shape[-1])  # (B, H, T)
@@ -158,7 +155,7 @@ def hashed(
     rounds: tuple[int, ...],
     projections: tuple[Tensor, ...],
 ) -> SparseTokens:
-    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; a sparse token is a cluster's mean."""
+    """Cluster each chunk's visible tokens by rounds of locality-sensitive hashing; cluster means are sparse tokens."""
     dtype = at_least_float32(key)
     key_chunks, value_chunks = (x.to(dtype).unflatten(2, (-1, chunk_size)) for x in (key, value))
     with torch.no_grad():  # the choice of a token's cluster has no gradient
@@ -199,7 +196,7 @@ def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
 
 
 def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
-    """Which random direction, or opposite of a direction, each vector is nearest to; its length has no effect.
+    """Which random direction, or opposite of a direction, each vector is nearest to, whatever its length.
 
     Cross-polytope hashing, Andoni et al. 2015, arXiv 1509.02897.
 

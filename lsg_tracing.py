@@ -1,6 +1,6 @@
 """Whether a computation is recorded, to be run again on other inputs.
 
-While it is recorded, it must not look at the data; for an exported graph, it must not depend on the length either.
+Code that is recorded must not look at the data. In an exported graph, it must not depend on the length either.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API.
 
-All public classes are defined here, because a saved model carries the files that its own module imports. Their parts
-are in the `lsg_*.py` files.
+All public classes are defined here, because a saved model carries the files that its own module imports. The parts of
+these classes are in the `lsg_*.py` files.
 """
 
 import copy
