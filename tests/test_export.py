@@ -343,7 +343,7 @@ def test_the_command_writes_a_file_for_all_lengths(checkpoint, tmp_path, capsys)
     assert main(["export-onnx", str(checkpoint), str(tmp_path / "model.onnx")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "within" in line] == ["1", "17", "43"]
+    assert [line.split()[0] for line in lines if "within" in line] == ["1", "17", "49"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [x.name for x in session.get_inputs()] == list(NAMES)
     assert [x.name for x in session.get_outputs()] == ["logits"]
