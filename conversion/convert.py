@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration_lsg_albert import AUTO_MAP, LSG_FIELDS
-from .account import model_class
+from .account import model_class, parameter_shapes
+from .families import IDENTITY, ZEROS
 from .files import (
     ConversionError,
     SourceWeights,
@@ -97,10 +98,11 @@ def check_apart(source: Path, target: Path) -> None:
 
 def write_surroundings(plan: Plan, folder: Path) -> None:
     """Write what the target has beside its weights: configuration, code and tokenizer."""
-    write_json(folder / "config.json", target_config(plan))
     copy_code(folder)
-    vocabularies = plan.source.family.vocabularies
-    copy_tokenizer(plan.source.folder, folder, vocabularies, plan.config.max_position_embeddings)
+    source, config = plan.source, target_config(plan)
+    named, length = source.config.get("tokenizer_class"), plan.config.max_position_embeddings
+    tokenizer_class = copy_tokenizer(source.folder, folder, source.family.vocabularies, length, named)
+    write_json(folder / "config.json", config | ({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
 
 
 def target_config(plan: Plan) -> dict[str, Any]:
@@ -129,9 +131,9 @@ def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[st
     options, copied = plan.options, {}
     for name, source_name in tqdm(plan.account.copied.items(), "reading", unit="tensor", disable=None):
         copied[name] = read_checked(plan.source.weights, source_name)
-    drawn = draw_missing(plan)
+    made = draw_missing(plan) | fill_in(plan)
     tensors = convert_state_dict(
-        copied | {name: tensor.to(plan.source_dtype) for name, tensor in drawn.items()},
+        copied | {name: tensor.to(plan.source_dtype) for name, tensor in made.items()},
         max_length=plan.config.max_position_embeddings,
         bos_token_id=tokens.bos,
         mask_token_id=tokens.mask,
@@ -145,7 +147,7 @@ def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[st
     del copied
     for name in tensors:
         tensors[name] = tensors[name].to(plan.dtype)
-    return tensors, drawn
+    return tensors, made
 
 
 def draw_missing(plan: Plan) -> dict[str, Tensor]:
@@ -156,6 +158,13 @@ def draw_missing(plan: Plan) -> dict[str, Tensor]:
         torch.manual_seed(plan.options.seed)
         model = model_class(plan.architecture)(copy.deepcopy(plan.sizes))
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in plan.account.missing}
+
+
+def fill_in(plan: Plan) -> dict[str, Tensor]:
+    """What ALBERT has and the source's family has not."""
+    shapes = parameter_shapes(plan.architecture, plan.sizes)
+    make = {ZEROS: torch.zeros, IDENTITY: torch.eye}
+    return {name: make[value](*shapes[name]) for name, value in plan.account.filled.items()}
 
 
 def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:

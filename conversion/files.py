@@ -24,7 +24,8 @@ from .families import FAMILIES
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family.vocabularies}
-TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES |= dict.fromkeys(("merges.txt", "bpe.codes", "special_tokens_map.json", "added_tokens.json"))
+TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
@@ -94,6 +95,7 @@ class SourceWeights:
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.skipped: dict[str, int] = {}  # rows at the beginning of a table that are not there for the reader
         self._pickled: dict[str, Tensor] = {}
         for path, names in find_weights(folder).items():
             found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
@@ -123,9 +125,16 @@ class SourceWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._pickled:
-            return self._pickled[name].detach()
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = self._pickled[name].detach()
+        else:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor = file.get_tensor(name)
+        return tensor[self.skipped[name] :] if name in self.skipped else tensor
+
+    def skip_rows(self, name: str, count: int) -> None:
+        """Leave out the first rows of a table from now on."""
+        rows, *others = self.shapes[name]
+        self.shapes[name], self.skipped[name] = (max(0, rows - count), *others), count
 
 
 def read_checked(weights: SourceWeights, name: str) -> Tensor:
@@ -201,28 +210,35 @@ def copy_code(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def copy_tokenizer(source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int) -> bool:
-    """Copy the tokenizer's files as they are, but for the longest text that it makes.
+def copy_tokenizer(
+    source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int, named: str | None = None
+) -> str | None:
+    """Copy the tokenizer's files as they are, but for the longest text that it makes and the name of its class.
+
+    Only ALBERT's class stays in tokenizer_config.json. Release 5.0 of transformers makes a generic tokenizer where that
+    file names another than the model's; it takes the class that config.json names.
 
     Args:
         source, target: directories.
         vocabularies: files that hold a vocabulary, and the class that reads each if no other file names one.
         max_length: tokens of the longest text.
+        named: the class in the source's config.json.
 
     Returns:
-        Whether there is a tokenizer.
+        The class, None if there is no tokenizer.
     """
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     classes = [tokenizer_class for name, tokenizer_class in vocabularies.items() if name in found]
     if not classes:
-        return False
+        return None
     for name in found:
         shutil.copyfile(source / name, target / name)
-    settings = {"tokenizer_class": classes[0]}
-    if TOKENIZER_SETTINGS in found:
-        settings = read_json(source / TOKENIZER_SETTINGS)
+    settings = read_json(source / TOKENIZER_SETTINGS) if TOKENIZER_SETTINGS in found else {}
+    tokenizer_class = str(settings.pop("tokenizer_class", None) or named or classes[0])
+    if tokenizer_class.startswith("Albert"):
+        settings["tokenizer_class"] = tokenizer_class
     write_json(target / TOKENIZER_SETTINGS, {**settings, "model_max_length": max_length})
-    return True
+    return tokenizer_class
 
 
 @contextlib.contextmanager
