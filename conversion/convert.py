@@ -68,11 +68,11 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
         tokens = choose_tokens(plan, load_tokenizer(partial, plan.source))
         for warning in find_warnings(plan, tokens):
             logger.warning(warning)
-        tensors, drawn = make_tensors(plan, tokens)
+        tensors, made = make_tensors(plan, tokens)
         check_space(target.parent, tensors)
         write_weights(partial, tensors, chosen.max_shard_size)
         del tensors  # the comparison needs the room
-        comparison = compare(plan, tokens, drawn, partial) if chosen.verify else None
+        comparison = compare(plan, tokens, made, partial) if chosen.verify else None
         report = make_report(plan, tokens, comparison, partial, source=str(source), target=str(target))
         (partial / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     if chosen.push_to_hub is not None:
@@ -123,7 +123,7 @@ def target_config(plan: Plan) -> dict[str, Any]:
 
 
 def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the target, and those of them that are drawn because the source lacks them.
+    """The tensors of the target, and those of them that are made because the source lacks them.
 
     Raises:
         ConversionError: a tensor of the source is damaged.
@@ -179,13 +179,14 @@ def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folde
     source, copied = plan.source, plan.account.copied
     return Report(
         source_commit=source.folder.name if source.folder.parent.name == "snapshots" else None,
+        family=source.family.title,
         source_architecture=source.architecture,
         source_is_lsg=plan.is_lsg,
         architecture=plan.architecture,
         dtype=name_of(plan.dtype),
         source_max_length=plan.sizes.max_position_embeddings,
         max_length=plan.config.max_position_embeddings,
-        parameters_before=count_parameters({name: source.weights.shapes[copied[name]] for name in copied}),
+        parameters_before=count_parameters({name: source.weights.whole_shape(copied[name]) for name in copied}),
         parameters_after=count_parameters(SourceWeights(folder).shapes),
         lsg_parameters={name: getattr(plan.config, name) for name in LSG_FIELDS},
         global_tokens=describe_globals(plan, tokens),
@@ -195,6 +196,7 @@ def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folde
         has_tokenizer=tokens.tokenizer is not None,
         dropped=plan.account.dropped,
         drawn=plan.account.missing,
+        differences=source.family.differences_of(plan.head),
         warnings=find_warnings(plan, tokens),
         comparison=comparison,
         versions={"transformers": transformers.__version__, "torch": torch.__version__},

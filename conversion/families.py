@@ -23,6 +23,7 @@ class Family:
     """The checkpoints of one `model_type`."""
 
     model_type: str
+    title: str  # the model's usual name
     class_name: str  # what the names of its classes begin with, such as "Albert" in `AlbertForMaskedLM`
     prefix: str  # what stands before the tensors of the base model in a model with a head
     cls_id: int  # in its vocabularies, for sources without a tokenizer
@@ -61,6 +62,11 @@ class Family:
         if type(positions) is int:  # other types are refused with all fields
             fields["max_position_embeddings"] = positions - unused
         return fields
+
+    def differences_of(self, head: str) -> list[str]:
+        """What remains different for a class of the family with that head."""
+        own = self.heads.get(head, Head()).difference
+        return [*self.differences, *([own] if own else [])]
 
     def unused_positions(self, config: Mapping[str, Any]) -> int:
         """How many rows of the position table no text uses."""
@@ -106,6 +112,7 @@ def _vocabularies(**classes: str) -> dict[str, str]:
 
 ALBERT = Family(
     model_type="albert",
+    title="ALBERT",
     class_name="Albert",
     prefix="albert.",
     cls_id=2,
@@ -118,6 +125,7 @@ ALBERT = Family(
 )
 BERT = Family(
     model_type="bert",
+    title="BERT",
     class_name="Bert",
     prefix="bert.",
     cls_id=101,
@@ -144,11 +152,12 @@ BERT = Family(
 )
 
 
-def _roberta_like(model_type: str, class_name: str, tokenizer: dict[str, str], **fields: Any) -> Family:
+def _roberta_like(model_type: str, title: str, class_name: str, tokenizer: dict[str, str], **fields: Any) -> Family:
     """RoBERTa or one of its kin: same tensors and classes, another vocabulary."""
     defaults = {**_SIZES, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     return Family(
         model_type=model_type,
+        title=title,
         class_name=class_name,
         prefix="roberta.",
         vocabularies=_vocabularies(**tokenizer),
@@ -171,24 +180,25 @@ def _roberta_like(model_type: str, class_name: str, tokenizer: dict[str, str], *
         default_head="ForMaskedLM",
         kin={"Roberta", "XLMRoberta", "Camembert"} - {class_name},
         differences=(
-            "RoBERTa counts positions over real tokens only, an ALBERT over all: padding on the left moves positions "
-            "here and not there. Pad on the right.",
+            f"{title} counts positions over real tokens only, this model over all: with padding on the left they "
+            "differ. Pad on the right.",
         ),
         **fields,
     )
 
 
-ROBERTA = _roberta_like("roberta", "Roberta", {"bytes": "RobertaTokenizer"}, cls_id=0, mask_id=50264)
+ROBERTA = _roberta_like("roberta", "RoBERTa", "Roberta", {"bytes": "RobertaTokenizer"}, cls_id=0, mask_id=50264)
 XLM_ROBERTA = _roberta_like(
-    "xlm-roberta", "XLMRoberta", {"pieces": "XLMRobertaTokenizer"}, cls_id=0, mask_id=250001,
+    "xlm-roberta", "XLM-RoBERTa", "XLMRoberta", {"pieces": "XLMRobertaTokenizer"}, cls_id=0, mask_id=250001,
     defaults={"vocab_size": 30522},
 )  # fmt: skip
 CAMEMBERT = _roberta_like(
-    "camembert", "Camembert", {"pieces": "CamembertTokenizer"}, cls_id=5, mask_id=32004,
+    "camembert", "CamemBERT", "Camembert", {"pieces": "CamembertTokenizer"}, cls_id=5, mask_id=32004,
     defaults={"vocab_size": 30522},
 )  # fmt: skip
 DISTILBERT = Family(
     model_type="distilbert",
+    title="DistilBERT",
     class_name="DistilBert",
     prefix="distilbert.",
     cls_id=101,
@@ -243,6 +253,7 @@ _ELECTRA_HEAD = Head(
 )
 ELECTRA = Family(
     model_type="electra",
+    title="ELECTRA",
     class_name="Electra",
     prefix="electra.",
     cls_id=101,

@@ -124,17 +124,28 @@ class SourceWeights:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._pickled:
-            tensor = self._pickled[name].detach()
-        else:
-            with safe_open(self.files[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
+        tensor = self.whole(name)
         return tensor[self.skipped[name] :] if name in self.skipped else tensor
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor with the rows that are left out."""
+        if name in self._pickled:
+            return self._pickled[name].detach()
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def skip_rows(self, name: str, count: int) -> None:
         """Leave out the first rows of a table from now on."""
         rows, *others = self.shapes[name]
-        self.shapes[name], self.skipped[name] = (max(0, rows - count), *others), count
+        self.skipped[name] = min(count, rows)
+        self.shapes[name] = (rows - self.skipped[name], *others)
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of that."""
+        if name not in self.skipped:
+            return self.shapes[name]
+        rows, *others = self.shapes[name]
+        return (rows + self.skipped[name], *others)
 
 
 def read_checked(weights: SourceWeights, name: str) -> Tensor:

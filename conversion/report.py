@@ -28,6 +28,7 @@ class Report:
 
     source: str
     source_commit: str | None  # on the Hub
+    family: str  # of the source, such as "RoBERTa"
     source_architecture: str | None  # as its config.json has it
     source_is_lsg: bool
     target: str
@@ -45,6 +46,7 @@ class Report:
     has_tokenizer: bool
     dropped: dict[str, str] = field(default_factory=dict)  # tensor of the source: reason
     drawn: list[str] = field(default_factory=list)  # tensors of the target
+    differences: list[str] = field(default_factory=list)  # that remain between the source's family and ALBERT
     warnings: list[str] = field(default_factory=list)
     comparison: Comparison | None = None  # None: not verified
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,12 +62,14 @@ class Report:
         rows = {
             "source": self.source + (f" (commit {self.source_commit})" if self.source_commit else ""),
             "target": self.target,
+            "family": self.family,
             "architecture": f"{self.source_architecture or 'not named'} -> {self.architecture}, {self.dtype}",
             "positions": f"{self.source_max_length:,} -> {self.max_length:,}",
             "parameters": f"{self.parameters_before:,} -> {self.parameters_after:,} ({added:+,})",
             "global tokens": self.global_tokens,
             "dropped": "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items()) or "nothing",
             "drawn": ", ".join(self.drawn) or "nothing",
+            **({"differences": " ".join(self.differences)} if self.differences else {}),
             **self._comparison_rows(),
         }
         if self.pushed_to:

@@ -38,6 +38,7 @@ def test_a_checkpoint_with_other_names_gives_the_same_target(masked_lm, source, 
     other = dataclasses.replace(
         ALBERT,
         model_type="other",
+        title="Other",
         class_name="Other",
         prefix="other.",
         tensors={r"^block\.": layer, r"LayerNorm\.gamma$": "LayerNorm.weight", r"^lm_head\.": "predictions."},
