@@ -32,7 +32,7 @@ from .files import (
     write_weights,
 )
 from .options import ConversionOptions
-from .plan import Plan, Tokens, choose_tokens, find_warnings, load_tokenizer, make_plan, read_source
+from .plan import Plan, Tokens, choose_tokens, find_warnings, load_tokenizer, make_plan, read_source, with_token_ids
 from .report import Report, model_card
 from .tensors import convert_state_dict
 from .verify import Comparison, compare
@@ -65,7 +65,10 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
     with whole_directory(target, chosen.overwrite) as partial:
         plan = make_plan(read_source(folder), chosen)
         write_surroundings(plan, partial)
-        tokens = choose_tokens(plan, load_tokenizer(partial, plan.source))
+        tokenizer = load_tokenizer(partial, plan.source)
+        plan = with_token_ids(plan, tokenizer)
+        write_json(partial / "config.json", target_config(plan))  # again, as the tokenizer needs one to load
+        tokens = choose_tokens(plan, tokenizer)
         for warning in find_warnings(plan, tokens):
             logger.warning(warning)
         tensors, made = make_tensors(plan, tokens)
@@ -99,10 +102,12 @@ def check_apart(source: Path, target: Path) -> None:
 def write_surroundings(plan: Plan, folder: Path) -> None:
     """Write what the target has beside its weights: configuration, code and tokenizer."""
     copy_code(folder)
-    source, config = plan.source, target_config(plan)
-    named, length = source.config.get("tokenizer_class"), plan.config.max_position_embeddings
+    source, length = plan.source, plan.config.max_position_embeddings
+    named = source.config.get("tokenizer_class")
     tokenizer_class = copy_tokenizer(source.folder, folder, source.family.vocabularies, length, named)
-    write_json(folder / "config.json", config | ({"tokenizer_class": tokenizer_class} if tokenizer_class else {}))
+    if tokenizer_class is not None:
+        plan.config.tokenizer_class = tokenizer_class
+    write_json(folder / "config.json", target_config(plan))
 
 
 def target_config(plan: Plan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a conversion is going to do, decided before anything is made."""
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
@@ -245,6 +246,23 @@ def load_tokenizer(target: Path, source: Source) -> PreTrainedTokenizerBase | No
             return AutoTokenizer.from_pretrained(target)
     except Exception as error:  # of three libraries, for damaged files
         raise ConversionError(f"The tokenizer of {source.folder} cannot be loaded: {one_line(error)}") from error
+
+
+def with_token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Plan:
+    """The plan with the ids in its configuration that the tokenizer gives to what opens, ends and fills a text."""
+    if tokenizer is None:
+        return plan
+    found = {
+        "bos_token_id": (tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": (tokenizer.eos_token_id, tokenizer.sep_token_id),
+        "pad_token_id": (tokenizer.pad_token_id,),
+    }
+    config = copy.deepcopy(plan.config)
+    for name, ids in found.items():
+        known = [token_id for token_id in ids if token_id is not None and token_id < config.vocab_size]
+        if known:
+            setattr(config, name, known[0])
+    return dataclasses.replace(plan, config=config)
 
 
 def choose_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Tokens:

@@ -1,8 +1,10 @@
 """Checkpoints of other families with random weights and small vocabularies, saved by transformers itself."""
 
+import io
 import json
 from pathlib import Path
 
+import sentencepiece
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -73,6 +75,21 @@ def save_bytes(folder: Path, **settings) -> None:
 
 
 BYTES = 102  # size of that vocabulary
+
+
+def save_pieces(folder: Path, **settings) -> None:
+    """A SentencePiece model, the file of XLM-RoBERTa and CamemBERT; less than `PIECES` ids in either's numbering."""
+    model = io.BytesIO()
+    sentences = iter(["the river flows from the mountains into the sea.", "ships go up and down on it."] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+PIECES = 80
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:
