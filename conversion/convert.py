@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -> Report:
-    """Make an LSG-ALBERT from an ALBERT, or another one from an LSG-ALBERT. The source is only read.
+    """Make an LSG-ALBERT from a checkpoint of one of the families, LSG models among them. The source is only read.
 
     Args:
         source: a directory, or the name of a repository on the Hub.

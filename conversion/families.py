@@ -37,6 +37,7 @@ class Family:
     shares_layers: bool = True
     added: Collection[str] = ()  # tensors of ALBERT's base model that it never has: they are filled with zeros
     counts_from_padding: bool = False  # whether the first position is `pad_token_id + 1`
+    head_activation: str | None = None  # of the head for masked words, where it is not `hidden_act`
     heads: Mapping[str, Head] = field(default_factory=dict)  # by what follows `class_name`
     default_head: str = "ForPreTraining"  # where the config.json names no class
     kin: Collection[str] = ()  # what the names of classes with the same tensors begin with
@@ -170,6 +171,7 @@ def _roberta_like(model_type: str, title: str, class_name: str, tokenizer: dict[
         defaults={**defaults, **fields.pop("defaults", {})},
         shares_layers=False,
         counts_from_padding=True,
+        head_activation="gelu",
         heads={
             "ForSequenceClassification": Head(
                 tensors={r"^classifier\.dense\.": "pooler.", r"^classifier\.out_proj\.": "classifier."},
@@ -194,7 +196,7 @@ XLM_ROBERTA = _roberta_like(
 )  # fmt: skip
 CAMEMBERT = _roberta_like(
     "camembert", "CamemBERT", "Camembert", {"pieces": "CamembertTokenizer"}, cls_id=5, mask_id=32004,
-    defaults={"vocab_size": 30522},
+    defaults={"vocab_size": 30522, "bos_token_id": 5, "eos_token_id": 6},
 )  # fmt: skip
 DISTILBERT = Family(
     model_type="distilbert",
@@ -270,6 +272,7 @@ ELECTRA = Family(
         **_SIZES, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
     },
     shares_layers=False,
+    head_activation="gelu",
     heads={
         "ForSequenceClassification": _ELECTRA_HEAD,
         "ForMultipleChoice": _ELECTRA_HEAD,

@@ -59,7 +59,9 @@ class ConversionOptions:
     """
 
     max_length: int = _option(4096, "longest text, in tokens", type=int, metavar="N")
-    architecture: str | None = _option(None, "AlbertForX or LSGAlbertForX; by default the source's", metavar="CLASS")
+    architecture: str | None = _option(
+        None, "AlbertForX, LSGAlbertForX or that of the family; by default the source's", metavar="CLASS"
+    )
     random_global_init: bool = _option(False, "global tokens from random words, not [MASK]")
     global_positional_stride: int = _option(64, "positions from one global token to the next", type=int, metavar="N")
     keep_first_global_token: bool = _option(False, "keep an LSG source's first global token, remake the others")

@@ -108,36 +108,42 @@ def read_source(folder: Path) -> Source:
     if config.get("quantization_config"):
         raise ConversionError(f"{path}: `quantization_config` is set. Save the model without quantization first.")
     architecture = next(iter(architectures), None)
-    check_kind(path, config, architecture)
+    check_type(path, config.get("model_type"))
     weights = SourceWeights(folder)
     family = find_family(path, config.get("model_type"), architecture, weights.shapes)
+    if family is not ALBERT:  # whose fields are all checked later
+        check_encoder(path, config, architecture)
     unused = family.unused_positions(config)
     for name in [name for name in weights.shapes if unused and name.endswith(POSITION_TABLE)]:
         weights.skip_rows(name, unused)
     return Source(folder, family, config, architecture, weights)
 
 
-def check_kind(path: Path, config: Mapping[str, Any], architecture: str | None) -> None:
-    """Refuse models that are no encoders like ALBERT, by what their config.json says."""
-    model_type, positions = config.get("model_type"), config.get("position_embedding_type") or "absolute"
-    decodes = (architecture or "").endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration"))
+def check_type(path: Path, model_type: Any) -> None:
+    """Refuse models of other families, with the reason where it is known; none is fine."""
+    if model_type is None or (isinstance(model_type, str) and model_type in FAMILIES):
+        return
+    reason = f": {OTHERS[model_type]}" if isinstance(model_type, str) and model_type in OTHERS else ""
+    raise ConversionError(
+        f"{path} cannot be converted, its `model_type` is {model_type!r}{reason}. What converts: {CONVERTIBLE}."
+    )
+
+
+def check_encoder(path: Path, config: Mapping[str, Any], architecture: str | None) -> None:
+    """Refuse what belongs to a family by its type, but is no encoder like ALBERT."""
+    positions = config.get("position_embedding_type") or "absolute"
+    decoding = [name for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if config.get(name)]
     reason = None
-    if isinstance(model_type, str) and model_type in OTHERS:
-        reason = f"`model_type` is {model_type!r}, and {OTHERS[model_type]}"
-    elif model_type is not None and (not isinstance(model_type, str) or model_type not in FAMILIES):
-        reason = f"`model_type` is {model_type!r}"
-    elif model_type in (None, ALBERT.model_type):
-        return  # an ALBERT's fields are all checked later
-    elif positions != "absolute":
-        reason = f"`position_embedding_type` is {positions!r}, and ALBERT's positions are absolute"
-    elif config.get("is_decoder") or config.get("add_cross_attention") or config.get("is_encoder_decoder"):
-        reason = "`is_decoder`, `add_cross_attention` or `is_encoder_decoder` is set, and ALBERT is an encoder"
-    elif decodes:
+    if positions != "absolute":
+        reason = f"its `position_embedding_type` is {positions!r}, and ALBERT's positions are absolute"
+    elif decoding:
+        reason = f"`{decoding[0]}` is set, and ALBERT is an encoder"
+    elif (architecture or "").endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
         reason = f"{architecture} is a decoder, and ALBERT is an encoder"
     elif config.get("adapters"):
-        reason = "`adapters` is set: merge or remove them first"
+        reason = "`adapters` is set: merge them into the model, or leave them out, first"
     if reason is not None:
-        raise ConversionError(f"{path} cannot be converted: {reason}. What converts: {CONVERTIBLE}.")
+        raise ConversionError(f"{path} cannot be converted, {reason}. What converts: {CONVERTIBLE}.")
 
 
 def find_family(path: Path, model_type: str | None, architecture: str | None, names: Iterable[str]) -> Family:
@@ -180,6 +186,7 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     is_own = options.architecture is None and source.architecture is not None
     heads = [head_of(name, family) for name in (named, source.architecture) if name is not None]
     account = account_for(shapes, family, architecture, sizes, is_own, heads)
+    check_activation(source, account)
     global_table, words = (base_prefix(architecture) + table for table in (GLOBAL_TABLE, WORD_TABLE))
     is_lsg = global_table in account.copied
     named_lsg = source.config.get("base_model_prefix") == "lsg" or "LSG" in (source.architecture or "")
@@ -189,6 +196,18 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
         account = without_tied_decoder(account, source.weights)
     source_dtype = source.weights[account.copied[words]].dtype
     return Plan(source, options, sizes, config, architecture, heads[0], account, source_dtype, is_lsg)
+
+
+def check_activation(source: Source, account: Account) -> None:
+    """Refuse a head for masked words whose activation is not that of the layers, as ALBERT's is."""
+    family, activation = source.family, source.fields.get("hidden_act")
+    has_head = any(part_of(name) == "predictions" for name in account.copied)
+    if has_head and family.head_activation and activation not in (family.head_activation, "gelu_python"):
+        raise ConversionError(
+            f"{source.folder / 'config.json'}: `hidden_act` is {activation!r}, but {family.title}'s head for masked "
+            f"words always has {family.head_activation!r}, and ALBERT has one for both. Convert the encoder alone with "
+            f"`--architecture {family.class_name}Model`."
+        )
 
 
 def usual_architecture(family: Family, names: Iterable[str]) -> str:

@@ -283,7 +283,7 @@ def test_our_own_result_is_an_lsg_albert(tmp_path):
 
 
 REFUSED = [
-    ({"model_type": "deberta-v2"}, "'deberta-v2', and its attention has relative positions"),
+    ({"model_type": "deberta-v2"}, "'deberta-v2': its attention has relative positions"),
     ({"model_type": "mpnet"}, "relative positions"),
     ({"model_type": "xlnet"}, "relative positions"),
     ({"model_type": "modernbert"}, "rotary positions"),
@@ -292,8 +292,9 @@ REFUSED = [
     ({"model_type": "gpt2"}, "it is a decoder"),
     ({"model_type": "never-heard-of"}, "`model_type` is 'never-heard-of'"),
     ({"model_type": 5}, "`model_type` is 5"),
-    ({"is_decoder": True}, "`is_decoder`"),
-    ({"add_cross_attention": True}, "`add_cross_attention`"),
+    ({"is_decoder": True}, "`is_decoder` is set"),
+    ({"is_decoder": True, "model_type": None}, "`is_decoder` is set"),
+    ({"add_cross_attention": True}, "`add_cross_attention` is set"),
     ({"position_embedding_type": "relative_key"}, "`position_embedding_type` is 'relative_key'"),
     ({"position_embedding_type": "alibi"}, "`position_embedding_type` is 'alibi'"),
     ({"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel is a decoder"),
@@ -310,3 +311,12 @@ def test_other_kinds_are_refused_in_one_line_with_what_converts(tmp_path, target
     message = str(caught.value)
     assert reason in message and "What converts: ALBERT, BERT, RoBERTa" in message and "\n" not in message
     assert not target.exists()
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra"])
+def test_a_head_with_an_activation_of_its_own_is_refused_with_the_way_out(tmp_path, target, family):
+    source = save(make_model(family, hidden_act="relu"), tmp_path / "source")
+    with pytest.raises(ConversionError, match="`hidden_act` is 'relu', but .*--architecture .*Model"):
+        convert_checkpoint(source, target, **SHORT, **IDS, verify=False)
+    report = convert_checkpoint(source, target, **SHORT, **IDS, architecture=STARTS[family] + "Model")
+    assert report.comparison.lossless_difference < 1e-4
