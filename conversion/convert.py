@@ -23,8 +23,10 @@ from .files import (
     ConversionError,
     SourceWeights,
     copy_code,
+    copy_modules,
     copy_tokenizer,
     fetch_source,
+    module_folders,
     one_line,
     read_checked,
     whole_directory,
@@ -104,6 +106,7 @@ def write_surroundings(plan: Plan, folder: Path) -> None:
     copy_code(folder)
     source, length = plan.source, plan.config.max_position_embeddings
     named = source.config.get("tokenizer_class")
+    copy_modules(source.folder, folder, length)
     tokenizer_class = copy_tokenizer(source.folder, folder, source.family.vocabularies, length, named)
     if tokenizer_class is not None:
         plan.config.tokenizer_class = tokenizer_class
@@ -199,6 +202,7 @@ def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folde
         mask_token_id=tokens.mask,
         seed=plan.options.seed,
         has_tokenizer=tokens.tokenizer is not None,
+        modules=module_folders(source.folder),
         dropped=plan.account.dropped,
         drawn=plan.account.missing,
         differences=source.family.differences_of(plan.head),

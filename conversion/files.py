@@ -27,6 +27,8 @@ TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family
 TOKENIZER_FILES |= dict.fromkeys(("merges.txt", "bpe.codes", "special_tokens_map.json", "added_tokens.json"))
 TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+MODULES = "modules.json"  # of sentence-transformers: what follows the encoder
+MODULE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
 
@@ -47,13 +49,18 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
         return Path(source)
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
-    wanted = ["config.json", "README.md", *TOKENIZER_FILES]
+    wanted = ["config.json", "README.md", *TOKENIZER_FILES, MODULES, *MODULE_SETTINGS]
     options = {"revision": revision, "token": token, "ignore_patterns": "*/*"}  # which are subfolders
     try:
         for weights in (["model*.safetensors", SAFETENSORS_INDEX], ["pytorch_model*.bin", PICKLE_INDEX]):
             folder = Path(snapshot_download(source, allow_patterns=wanted + weights, **options))
             if any(folder.glob(weights[0])):
                 break
+        modules = [f"{module}/*" for module in module_folders(folder)]
+        if modules:
+            snapshot_download(source, allow_patterns=modules, revision=revision, token=token)
+    except ConversionError:
+        raise
     except Exception as error:  # of the network: each release of huggingface_hub has its own
         raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
     return folder
@@ -250,6 +257,54 @@ def copy_tokenizer(
         settings["tokenizer_class"] = tokenizer_class
     write_json(target / TOKENIZER_SETTINGS, {**settings, "model_max_length": max_length})
     return tokenizer_class
+
+
+def module_folders(source: Path) -> list[str]:
+    """The folders, one for each module behind the encoder, of a model of sentence-transformers; none for others.
+
+    Raises:
+        ConversionError: modules.json is damaged, or names a place outside of the model.
+    """
+    path = source / MODULES
+    if not path.is_file():
+        return []
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        folders = [str(module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConversionError(f"{path} is damaged: it is no list of modules with a `path`.") from error
+    outside = [folder for folder in folders[1:] if not re.fullmatch(r"[\w-][\w.-]*|", folder)]
+    if outside or folders[:1] != [""]:
+        reason = (
+            f"{outside[0]!r} is no folder in it" if outside else "the encoder must come first, with an empty `path`"
+        )
+        raise ConversionError(f"{path} cannot be converted: {reason}.")
+    return [folder for folder in folders[1:] if folder]
+
+
+def copy_modules(source: Path, target: Path, max_length: int) -> list[str]:
+    """Copy what a model of sentence-transformers has beside its encoder, but for the longest text that it reads.
+
+    Args:
+        source, target: directories.
+        max_length: tokens of the longest text.
+
+    Returns:
+        The folders of the modules behind the encoder, none if the source is no such model.
+    """
+    folders = module_folders(source)
+    if not (source / MODULES).is_file():
+        return []
+    shutil.copyfile(source / MODULES, target / MODULES)
+    for folder in folders:
+        if (source / folder).is_dir():  # a module without settings, such as the normalization, may have none
+            shutil.copytree(source / folder, target / folder)
+    for path in (path for pattern in MODULE_SETTINGS for path in source.glob(pattern)):
+        settings = read_json(path)
+        write_json(
+            target / path.name, settings | {"max_seq_length": max_length} if "max_seq_length" in settings else settings
+        )
+    return folders
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from .account import (
     target_name,
 )
 from .families import ALBERT, CONVERTIBLE, FAMILIES, OTHERS, Family
-from .files import TOKENIZER_SETTINGS, ConversionError, SourceWeights, one_line, read_json
+from .files import MODULES, TOKENIZER_SETTINGS, ConversionError, SourceWeights, one_line, read_json
 from .options import ConversionOptions
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, WORD_TABLE
 
@@ -174,7 +174,10 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
         ValueError: it cannot be converted, or not in this way.
     """
     sizes = source_sizes(source)
-    config = LSGAlbertConfig.from_dict(source.fields, max_position_embeddings=options.max_length, **options.pattern)
+    # An encoder of sentence-transformers has no global token beside [CLS]: short texts then have the source's embeddings.
+    usual = {"mask_first_token": True} if (source.folder / MODULES).is_file() else {}
+    fields = usual | source.fields
+    config = LSGAlbertConfig.from_dict(fields, max_position_embeddings=options.max_length, **options.pattern)
     if options.max_length < 2 * config.block_size:
         raise ConversionError(
             f"`max_length` ({options.max_length}) must be at least two blocks, {2 * config.block_size} tokens: take "

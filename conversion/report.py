@@ -44,6 +44,7 @@ class Report:
     mask_token_id: int | None
     seed: int
     has_tokenizer: bool
+    modules: list[str] = field(default_factory=list)  # of sentence-transformers, which follow the encoder
     dropped: dict[str, str] = field(default_factory=dict)  # tensor of the source: reason
     drawn: list[str] = field(default_factory=list)  # tensors of the target
     differences: list[str] = field(default_factory=list)  # that remain between the source's family and ALBERT
@@ -69,6 +70,7 @@ class Report:
             "global tokens": self.global_tokens,
             "dropped": "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items()) or "nothing",
             "drawn": ", ".join(self.drawn) or "nothing",
+            **({"modules": ", ".join(self.modules)} if self.modules else {}),
             **({"differences": " ".join(self.differences)} if self.differences else {}),
             **self._comparison_rows(),
         }
@@ -103,8 +105,8 @@ def model_card(report: Report, source_folder: Path) -> str:
     path = Path(report.source)  # which is nobody's business
     data = ModelCardData(
         **known_metadata(source_folder / "README.md"),
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS.get(report.architecture),
+        library_name="sentence-transformers" if report.modules else "transformers",
+        pipeline_tag="sentence-similarity" if report.modules else PIPELINE_TAGS.get(report.architecture),
         tags=["albert", "lsg", "long-context", "custom_code"],
         base_model=None if path.is_dir() else report.source,
     )

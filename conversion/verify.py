@@ -179,13 +179,17 @@ def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, source: Sou
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's remarks on what a file has more or less than a class."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Without the library's progress bars, and its remarks on what a file has more or less than a class."""
+    logging = transformers.logging
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def run_source(plan: Plan, read: Reader, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Outputs:
