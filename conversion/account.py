@@ -73,7 +73,9 @@ def head_of(name: str, family: Family) -> str:
     """What follows "Albert" or the family's name in that of a class, such as "ForMaskedLM"."""
     name = name.removeprefix("LSG")
     starts = [start for start in (family.class_name, *family.kin, "Albert") if name.startswith(start)]
-    return name.removeprefix(max(starts, key=len)) if starts else name
+    head = name.removeprefix(max(starts, key=len)) if starts else name
+    is_other = name.startswith("Albert") and family.heads.get(head, Head()).becomes
+    return "" if is_other else head  # ALBERT's pre-training is not ELECTRA's
 
 
 def model_class(architecture: str) -> type[PreTrainedModel]:

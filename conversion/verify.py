@@ -138,10 +138,8 @@ def load_source(plan: Plan) -> PreTrainedModel:
     Raises:
         ConversionError: transformers cannot load it.
     """
-    source, head = plan.source, "Model" if plan.account.missing else plan.head
-    cls = getattr(transformers, source.family.class_name + head, None)
-    if cls is None:  # a head of another family, such as pre-training for RoBERTa
-        cls = getattr(transformers, source.family.class_name + "Model")
+    source, head = plan.source, plan.architecture.removeprefix("LSGAlbert")
+    cls = getattr(transformers, source.family.class_name + ("Model" if plan.account.missing else head))
     fields = {name: value for name, value in source.config.items() if name not in NOT_KEPT}
     try:
         config = cls.config_class.from_dict(fields)

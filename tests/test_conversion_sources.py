@@ -84,6 +84,29 @@ def test_the_next_sentence_head_is_said_to_be_one(tmp_path, target):
     assert any("next-sentence" in difference for difference in report.differences)
 
 
+def test_the_next_sentence_head_alone_leaves_encoder_and_pooler(tmp_path, target):
+    source = save(make_model("bert", "ForNextSentencePrediction"), tmp_path / "source")
+    report = convert_checkpoint(source, target, **SHORT, **IDS)
+    assert report.architecture == "LSGAlbertModel" and report.comparison.lossless_difference < 1e-4
+    assert report.drawn == [] and {name.split(".")[0] for name in report.dropped} == {"cls"}
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForPreTraining"])
+def test_heads_of_published_lsg_models_without_counterpart(shared, tmp_path, target, head):
+    folder = shared / "golden" / "families" / "lsg_electra_Model_block_stride"
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {f"electra.{name}": tensor for name, tensor in tensors_of(folder).items()}
+    part = "discriminator_predictions" if head == "ForPreTraining" else "classifier"
+    tensors |= {f"{part}.dense.weight": torch.randn(32, 32), f"{part}.dense.bias": torch.randn(32)}
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text((folder / "config.json").read_text())
+    edit_json(source / "config.json", architectures=["LSGElectra" + head])
+    report = convert_checkpoint(source, target, max_length=96, resize_lsg=True)
+    assert report.source_is_lsg and set(report.dropped) == {f"{part}.dense.weight", f"{part}.dense.bias"}
+    assert report.comparison.chosen_difference < 1e-5
+
+
 @pytest.mark.parametrize("family", STARTS)
 @pytest.mark.parametrize("place", ["query.weight", "ffn.bias", "embedding_hidden_mapping_in.weight"])
 def test_a_wrong_table_is_found_by_the_comparison(tmp_path, target, monkeypatch, family, place):
