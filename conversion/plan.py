@@ -150,8 +150,8 @@ def find_family(path: Path, model_type: str | None, architecture: str | None, na
     """The family that `model_type` names or, where it is missing, the names of the class or of the tensors."""
     start = (architecture or "").removeprefix("LSG")
     by_class = [family for family in FAMILIES.values() if start.startswith(family.class_name)]
+    prefixes = {name.split(".")[0] + "." for name in names} & {family.prefix for family in FAMILIES.values()}
     if model_type is None:
-        prefixes = {name.split(".")[0] + "." for name in names}
         found = by_class or [family for family in FAMILIES.values() if family.prefix in prefixes]
         if not found:
             raise ConversionError(
@@ -163,6 +163,11 @@ def find_family(path: Path, model_type: str | None, architecture: str | None, na
     if by_class and family not in by_class and by_class[0].class_name not in family.kin:
         raise ConversionError(
             f"{path} contradicts itself: its `model_type` is {model_type!r}, its class {architecture}. Correct it."
+        )
+    if prefixes and family.prefix not in prefixes:
+        raise ConversionError(
+            f"{path} contradicts the weights: its `model_type` is {model_type!r}, but their names begin with "
+            f"{min(prefixes)!r}. Correct it."
         )
     return family
 

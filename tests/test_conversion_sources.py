@@ -256,6 +256,9 @@ def test_a_type_is_told_by_the_class_or_named(tmp_path, target):
     edit_json(source / "config.json", model_type="electra")
     with pytest.raises(ConversionError, match="contradicts itself: .*'electra'.*XLMRobertaForMaskedLM"):
         convert_checkpoint(source, tmp_path / "x", **SHORT)
+    edit_json(source / "config.json", architectures=None)
+    with pytest.raises(ConversionError, match="contradicts the weights: .*'electra', but their names .* 'roberta.'"):
+        convert_checkpoint(source, tmp_path / "x", **SHORT)
     bare = save(make_model("bert", "Model"), tmp_path / "bare")
     edit_json(bare / "config.json", model_type=None, architectures=None)
     with pytest.raises(ConversionError, match="names no `model_type`, and neither a class nor a tensor tells it"):
