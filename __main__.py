@@ -72,8 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     conversion = commands.add_parser(
         "convert",
-        help="make an LSG-ALBERT from an ALBERT",
-        description="Make an LSG-ALBERT from an ALBERT checkpoint.",
+        help="make an LSG-ALBERT from an ALBERT, BERT, RoBERTa, ...",
+        description="Make an LSG-ALBERT from a checkpoint of ALBERT, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT "
+        "or ELECTRA.",
     )
     conversion.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
     conversion.add_argument("target", metavar="TARGET", help="the directory to make")

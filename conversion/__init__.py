@@ -1,4 +1,4 @@
-"""The converter: an LSG-ALBERT from an ALBERT, as a function and as the command `lsg-albert convert`.
+"""The converter: an LSG-ALBERT from an ALBERT, BERT or kin, as a function and as the command `lsg-albert convert`.
 
 As in the package itself, nothing is imported before it is asked for: the command line answers at once.
 """

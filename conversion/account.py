@@ -3,8 +3,9 @@
 import copy
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import modeling_lsg_albert
 from ..configuration_lsg_albert import AUTO_MAP, LSGAlbertConfig
-from .families import Family
+from .families import Family, Head, added_tensors
 from .files import ConversionError
 from .tensors import GLOBAL_TABLE
 
@@ -30,6 +31,7 @@ DECODER = "predictions.decoder.weight"
 TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"}
 # Reasons to leave out what is not lost.
 BUFFER = "a buffer that the model makes itself"
+UNUSED = "rows of positions that no text has"
 TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
 
 
@@ -40,6 +42,7 @@ class Account:
     copied: dict[str, str]  # name in the target: name in the source
     dropped: dict[str, str]  # name in the source: reason
     missing: list[str]  # names in the target for which the source has nothing
+    filled: dict[str, str] = field(default_factory=dict)  # those that its family never has, and with what
 
 
 def lsg_architecture(name: str, family: Family) -> str:
@@ -49,18 +52,30 @@ def lsg_architecture(name: str, family: Family) -> str:
         ConversionError: there is none.
     """
     heads = [architecture.removeprefix("LSGAlbert") for architecture in ARCHITECTURES]
+    becomes = {head: special.becomes for head, special in family.heads.items() if special.becomes}
+    own = {family.class_name, *family.kin}
     classes = {
-        mark + own + head: "LSGAlbert" + head
-        for head in heads for own in ("Albert", family.class_name) for mark in ("", "LSG")
+        mark + start + head: "LSGAlbert" + (becomes.get(head, head) if start in own else head)
+        for head in {*heads, *becomes} for start in {"Albert", *own} for mark in ("", "LSG")
+        if head in heads or start in own
     }  # fmt: skip
     if name not in classes:
-        known = [family.class_name + head for head in heads]
+        known = [family.class_name + head for head in (*heads, *(becomes.keys() - set(heads)))]
         nearest = difflib.get_close_matches(str(name).removeprefix("LSG"), known, n=1, cutoff=0.0)[0]
         raise ConversionError(
             f"There is no LSG class for the architecture {name!r}: did you mean {nearest!r}? Known are "
             f"{', '.join(known)}."
         )
     return classes[name]
+
+
+def head_of(name: str, family: Family) -> str:
+    """What follows "Albert" or the family's name in that of a class, such as "ForMaskedLM"."""
+    name = name.removeprefix("LSG")
+    starts = [start for start in (family.class_name, *family.kin, "Albert") if name.startswith(start)]
+    head = name.removeprefix(max(starts, key=len)) if starts else name
+    is_other = name.startswith("Albert") and family.heads.get(head, Head()).becomes
+    return "" if is_other else head  # ALBERT's pre-training is not ELECTRA's
 
 
 def model_class(architecture: str) -> type[PreTrainedModel]:
@@ -80,9 +95,9 @@ def parameter_shapes(architecture: str, config: LSGAlbertConfig) -> dict[str, Sh
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def target_name(name: str, family: Family, prefix: str) -> str:
+def target_name(name: str, family: Family, prefix: str, head: str | None = None) -> str:
     """The name that a tensor of a source has in a target with that prefix, which may have no such tensor."""
-    name = family.tensor_name(name.removeprefix(family.prefix))
+    name = family.tensor_name(name.removeprefix(family.prefix), head)
     return prefix + name if part_of(name) in BASE_PARTS else name
 
 
@@ -92,7 +107,12 @@ def part_of(name: str) -> str:
 
 
 def account_for(
-    source: Mapping[str, Shape], family: Family, architecture: str, config: LSGAlbertConfig, strict: bool
+    source: Mapping[str, Shape],
+    family: Family,
+    architecture: str,
+    config: LSGAlbertConfig,
+    strict: bool,
+    heads: Sequence[str] = (),
 ) -> Account:
     """Compare the tensors of a source, by name and shape, with the parameters of an LSG class.
 
@@ -103,6 +123,7 @@ def account_for(
         config: a configuration with the source's sizes.
         strict: whether the source says itself that it is of this class. Then its head must be whole, and heads of
             other classes are kept too; otherwise they are dropped, and a missing head is drawn.
+        heads: of the class of the family that is made and, if it is another, of the source's class.
 
     Raises:
         ConversionError: the source's encoder is not whole, has other shapes, or tensors that ALBERT does not have.
@@ -112,9 +133,15 @@ def account_for(
     # A file may hold a pooler that the class lacks; it is kept, since other classes have it.
     required = {prefix + name: shape for name, shape in parameter_shapes(BARE, config).items()} | expected
     known = {name for other in ARCHITECTURES for name in parameter_shapes(other, config)} | required.keys()
+    special = [family.heads.get(head, Head()) for head in heads]
     copied, dropped = {}, {}
     for source_name, shape in source.items():
-        name = target_name(source_name, family, prefix)
+        own_name = source_name.removeprefix(family.prefix)
+        lost = [head.reason for head in special if re.search(head.lost, own_name)]
+        if lost:
+            dropped[source_name] = lost[0]
+            continue
+        name = target_name(source_name, family, prefix, heads[0] if heads else None)
         wanted = required.get(name, shape if strict and name in known else None)
         if name.endswith(BUFFERS):
             dropped[source_name] = BUFFER
@@ -139,10 +166,12 @@ def account_for(
     # Where the file holds a tensor under its second name alone, it goes under its first.
     first = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
     copied = {first.get(name, name): source_name for name, source_name in copied.items()}
-    made = {*twins, prefix + GLOBAL_TABLE}
+    added = added_tensors(family, config.embedding_size, config.hidden_size)
+    filled = {prefix + name: value for name, value in added.items() if prefix + name not in copied}
+    made = {*twins, *filled, prefix + GLOBAL_TABLE}
     missing = [name for name in expected if name not in copied and name not in made]
-    check_missing(missing, copied, strict)
-    return Account(copied, dropped, missing)
+    check_missing(missing, copied, strict and not any(head.is_new for head in special))
+    return Account(copied, dropped, missing, filled)
 
 
 def check_missing(missing: Iterable[str], copied: Iterable[str], strict: bool) -> None:

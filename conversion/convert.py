@@ -17,13 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration_lsg_albert import AUTO_MAP, LSG_FIELDS
-from .account import model_class
+from .account import model_class, parameter_shapes
+from .families import IDENTITY, ZEROS
 from .files import (
     ConversionError,
     SourceWeights,
     copy_code,
+    copy_modules,
     copy_tokenizer,
     fetch_source,
+    module_folders,
     one_line,
     read_checked,
     whole_directory,
@@ -31,7 +34,7 @@ from .files import (
     write_weights,
 )
 from .options import ConversionOptions
-from .plan import Plan, Tokens, choose_tokens, find_warnings, load_tokenizer, make_plan, read_source
+from .plan import Plan, Tokens, choose_tokens, find_warnings, load_tokenizer, make_plan, read_source, with_token_ids
 from .report import Report, model_card
 from .tensors import convert_state_dict
 from .verify import Comparison, compare
@@ -40,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -> Report:
-    """Make an LSG-ALBERT from an ALBERT, or another one from an LSG-ALBERT. The source is only read.
+    """Make an LSG-ALBERT from a checkpoint of one of the families, LSG models among them. The source is only read.
 
     Args:
         source: a directory, or the name of a repository on the Hub.
@@ -64,14 +67,17 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
     with whole_directory(target, chosen.overwrite) as partial:
         plan = make_plan(read_source(folder), chosen)
         write_surroundings(plan, partial)
-        tokens = choose_tokens(plan, load_tokenizer(partial, plan.source))
+        tokenizer = load_tokenizer(partial, plan.source)
+        plan = with_token_ids(plan, tokenizer)
+        write_json(partial / "config.json", target_config(plan))  # again, as the tokenizer needs one to load
+        tokens = choose_tokens(plan, tokenizer)
         for warning in find_warnings(plan, tokens):
             logger.warning(warning)
-        tensors, drawn = make_tensors(plan, tokens)
+        tensors, made = make_tensors(plan, tokens)
         check_space(target.parent, tensors)
         write_weights(partial, tensors, chosen.max_shard_size)
         del tensors  # the comparison needs the room
-        comparison = compare(plan, tokens, drawn, partial) if chosen.verify else None
+        comparison = compare(plan, tokens, made, partial) if chosen.verify else None
         report = make_report(plan, tokens, comparison, partial, source=str(source), target=str(target))
         (partial / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     if chosen.push_to_hub is not None:
@@ -97,10 +103,14 @@ def check_apart(source: Path, target: Path) -> None:
 
 def write_surroundings(plan: Plan, folder: Path) -> None:
     """Write what the target has beside its weights: configuration, code and tokenizer."""
-    write_json(folder / "config.json", target_config(plan))
     copy_code(folder)
-    vocabularies = plan.source.family.vocabularies
-    copy_tokenizer(plan.source.folder, folder, vocabularies, plan.config.max_position_embeddings)
+    source, length = plan.source, plan.config.max_position_embeddings
+    named = source.config.get("tokenizer_class")
+    copy_modules(source.folder, folder, length)
+    tokenizer_class = copy_tokenizer(source.folder, folder, source.family.vocabularies, length, named)
+    if tokenizer_class is not None:
+        plan.config.tokenizer_class = tokenizer_class
+    write_json(folder / "config.json", target_config(plan))
 
 
 def target_config(plan: Plan) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def target_config(plan: Plan) -> dict[str, Any]:
 
 
 def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the target, and those of them that are drawn because the source lacks them.
+    """The tensors of the target, and those of them that are made because the source lacks them.
 
     Raises:
         ConversionError: a tensor of the source is damaged.
@@ -129,9 +139,9 @@ def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[st
     options, copied = plan.options, {}
     for name, source_name in tqdm(plan.account.copied.items(), "reading", unit="tensor", disable=None):
         copied[name] = read_checked(plan.source.weights, source_name)
-    drawn = draw_missing(plan)
+    made = draw_missing(plan) | fill_in(plan)
     tensors = convert_state_dict(
-        copied | {name: tensor.to(plan.source_dtype) for name, tensor in drawn.items()},
+        copied | {name: tensor.to(plan.source_dtype) for name, tensor in made.items()},
         max_length=plan.config.max_position_embeddings,
         bos_token_id=tokens.bos,
         mask_token_id=tokens.mask,
@@ -145,7 +155,7 @@ def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[st
     del copied
     for name in tensors:
         tensors[name] = tensors[name].to(plan.dtype)
-    return tensors, drawn
+    return tensors, made
 
 
 def draw_missing(plan: Plan) -> dict[str, Tensor]:
@@ -156,6 +166,13 @@ def draw_missing(plan: Plan) -> dict[str, Tensor]:
         torch.manual_seed(plan.options.seed)
         model = model_class(plan.architecture)(copy.deepcopy(plan.sizes))
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in plan.account.missing}
+
+
+def fill_in(plan: Plan) -> dict[str, Tensor]:
+    """What ALBERT has and the source's family has not."""
+    shapes = parameter_shapes(plan.architecture, plan.sizes)
+    make = {ZEROS: torch.zeros, IDENTITY: torch.eye}
+    return {name: make[value](*shapes[name]) for name, value in plan.account.filled.items()}
 
 
 def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -170,13 +187,14 @@ def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folde
     source, copied = plan.source, plan.account.copied
     return Report(
         source_commit=source.folder.name if source.folder.parent.name == "snapshots" else None,
+        family=source.family.title,
         source_architecture=source.architecture,
         source_is_lsg=plan.is_lsg,
         architecture=plan.architecture,
         dtype=name_of(plan.dtype),
         source_max_length=plan.sizes.max_position_embeddings,
         max_length=plan.config.max_position_embeddings,
-        parameters_before=count_parameters({name: source.weights.shapes[copied[name]] for name in copied}),
+        parameters_before=count_parameters({name: source.weights.whole_shape(copied[name]) for name in copied}),
         parameters_after=count_parameters(SourceWeights(folder).shapes),
         lsg_parameters={name: getattr(plan.config, name) for name in LSG_FIELDS},
         global_tokens=describe_globals(plan, tokens),
@@ -184,8 +202,10 @@ def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folde
         mask_token_id=tokens.mask,
         seed=plan.options.seed,
         has_tokenizer=tokens.tokenizer is not None,
+        modules=module_folders(source.folder),
         dropped=plan.account.dropped,
         drawn=plan.account.missing,
+        differences=source.family.differences_of(plan.head),
         warnings=find_warnings(plan, tokens),
         comparison=comparison,
         versions={"transformers": transformers.__version__, "torch": torch.__version__},

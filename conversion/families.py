@@ -1,8 +1,21 @@
 """The families of encoders that can be converted. A family is data: how its checkpoints differ from ALBERT's."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is special about one of a family's classes."""
+
+    becomes: str | None = None  # the LSG class in its place, as in `becomes="Model"`, if not the one of the same name
+    tensors: Mapping[str, str] = field(default_factory=dict)  # rules like those of the family, before them
+    lost: str = "(?!)"  # matches the names, without prefix, of tensors that are left out
+    reason: str = ""  # why
+    is_new: bool = False  # whether nothing of the head is taken
+    difference: str | None = None  # what the head's user should know
 
 
 @dataclass(frozen=True)
@@ -10,6 +23,7 @@ class Family:
     """The checkpoints of one `model_type`."""
 
     model_type: str
+    title: str  # the model's usual name
     class_name: str  # what the names of its classes begin with, such as "Albert" in `AlbertForMaskedLM`
     prefix: str  # what stands before the tensors of the base model in a model with a head
     cls_id: int  # in its vocabularies, for sources without a tokenizer
@@ -18,16 +32,88 @@ class Family:
     # Regular expressions and replacements, applied in order, that make ALBERT's name of a tensor's (without prefix).
     tensors: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)  # of config.json: ALBERT's name, where that is another
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of a config.json, under ALBERT's names
+    # A family whose layers share nothing: as many groups as layers. What ALBERT has and it has not is filled in.
+    shares_layers: bool = True
+    added: Collection[str] = ()  # tensors of ALBERT's base model that it never has: they are filled with zeros
+    counts_from_padding: bool = False  # whether the first position is `pad_token_id + 1`
+    head_activation: str | None = None  # of the head for masked words, where it is not `hidden_act`
+    heads: Mapping[str, Head] = field(default_factory=dict)  # by what follows `class_name`
+    default_head: str = "ForPreTraining"  # where the config.json names no class
+    kin: Collection[str] = ()  # what the names of classes with the same tensors begin with
+    differences: Collection[str] = ()  # that remain between a source and its conversion
 
-    def tensor_name(self, name: str) -> str:
-        """ALBERT's name, without prefix, of a tensor of this family, without prefix."""
-        for pattern, replacement in self.tensors.items():
+    def tensor_name(self, name: str, head: str | None = None) -> str:
+        """ALBERT's name, without prefix, of a tensor of this family, without prefix, in a model with that head."""
+        for pattern, replacement in {**self.heads.get(head, Head()).tensors, **self.tensors}.items():
             name = re.sub(pattern, replacement, name)
         return name
+
+    def albert_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json under ALBERT's names, with ALBERT's meanings and the family's defaults."""
+        fields = {**self.defaults, **{self.fields.get(name, name): value for name, value in config.items()}}
+        if self.shares_layers:
+            return fields
+        fields = {name: value for name, value in fields.items() if name not in _OF_NO_USE}
+        fields |= {"num_hidden_groups": fields["num_hidden_layers"], "inner_group_num": 1}
+        fields.setdefault("embedding_size", fields["hidden_size"])
+        if fields.get("classifier_dropout_prob") is None:
+            fields["classifier_dropout_prob"] = fields["hidden_dropout_prob"]
+        positions, unused = fields["max_position_embeddings"], self.unused_positions(config)
+        if type(positions) is int:  # other types are refused with all fields
+            fields["max_position_embeddings"] = positions - unused
+        return fields
+
+    def differences_of(self, head: str) -> list[str]:
+        """What remains different for a class of the family with that head."""
+        own = self.heads.get(head, Head()).difference
+        return [*self.differences, *([own] if own else [])]
+
+    def unused_positions(self, config: Mapping[str, Any]) -> int:
+        """How many rows of the position table no text uses."""
+        pad = config.get("pad_token_id", self.defaults.get("pad_token_id"))
+        return pad + 1 if self.counts_from_padding and type(pad) is int else 0
+
+
+# Fields of other families that mean nothing to ALBERT.
+_OF_NO_USE = {
+    "use_cache", "position_embedding_type", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "gradient_checkpointing", "sinusoidal_pos_embds", "tie_weights_", "qa_dropout", "summary_activation",
+    "summary_last_dropout", "summary_type", "summary_use_proj", "adapters", "is_encoder_decoder",
+}  # fmt: skip
+_GROUP = r"encoder.albert_layer_groups.\1.albert_layers.0."
+_OLD_NAMES = {r"\bgamma$": "weight", r"\bbeta$": "bias"}  # of the first checkpoints, which came from TensorFlow
+_BERT_LAYERS = {
+    r"^encoder\.layer\.(\d+)\.": _GROUP,
+    r"\.attention\.self\.": ".attention.",
+    r"\.attention\.output\.": ".attention.",
+    r"(albert_layers\.0\.)intermediate\.dense\.": r"\1ffn.",
+    r"(albert_layers\.0\.)output\.dense\.": r"\1ffn_output.",
+    r"(albert_layers\.0\.)output\.LayerNorm\.": r"\1full_layer_layer_norm.",
+    r"^pooler\.dense\.": "pooler.",
+    **_OLD_NAMES,
+}
+_SIZES = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512, "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
+    "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102,
+}  # fmt: skip
+_DROPOUT = {"classifier_dropout": "classifier_dropout_prob"}
+
+
+def _vocabularies(**classes: str) -> dict[str, str]:
+    """Which class reads a vocabulary of each form. Many a model has been trained with another family's tokenizer."""
+    files = {"word": "vocab.txt", "bytes": "vocab.json", "pieces": "sentencepiece.bpe.model"}
+    usual = {"word": "BertTokenizer", "bytes": "RobertaTokenizer", "pieces": "XLMRobertaTokenizer"}
+    own = {files[form]: name for form, name in classes.items()}
+    others = {files[form]: name for form, name in usual.items()}
+    return {**own, **others, **own, "spiece.model": "AlbertTokenizer", "tokenizer.json": next(iter(classes.values()))}
 
 
 ALBERT = Family(
     model_type="albert",
+    title="ALBERT",
     class_name="Albert",
     prefix="albert.",
     cls_id=2,
@@ -38,4 +124,195 @@ ALBERT = Family(
         "vocab.txt": "BertTokenizer",
     },
 )
-FAMILIES = {family.model_type: family for family in (ALBERT,)}
+BERT = Family(
+    model_type="bert",
+    title="BERT",
+    class_name="Bert",
+    prefix="bert.",
+    cls_id=101,
+    mask_id=103,
+    vocabularies=_vocabularies(word="BertTokenizer"),
+    tensors={
+        **_BERT_LAYERS,
+        r"^cls\.predictions\.transform\.": "predictions.",
+        r"^cls\.predictions\.": "predictions.",
+        r"^cls\.seq_relationship\.": "sop_classifier.classifier.",
+    },
+    fields=_DROPOUT,
+    defaults=_SIZES,
+    shares_layers=False,
+    heads={
+        "ForPreTraining": Head(
+            difference="`sop_classifier` holds BERT's next-sentence head: its class 0 means that the second part "
+            "follows the first, where ALBERT's own is about their order."
+        ),
+        "ForNextSentencePrediction": Head(
+            becomes="Model", lost=r"^cls\.", reason="no LSG class has the next-sentence head alone"
+        ),
+    },
+)
+
+
+def _roberta_like(model_type: str, title: str, class_name: str, tokenizer: dict[str, str], **fields: Any) -> Family:
+    """RoBERTa or one of its kin: same tensors and classes, another vocabulary."""
+    defaults = {**_SIZES, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return Family(
+        model_type=model_type,
+        title=title,
+        class_name=class_name,
+        prefix="roberta.",
+        vocabularies=_vocabularies(**tokenizer),
+        tensors={
+            **_BERT_LAYERS,
+            r"^lm_head\.layer_norm\.": "predictions.LayerNorm.",
+            r"^lm_head\.": "predictions.",
+        },
+        fields=_DROPOUT,
+        defaults={**defaults, **fields.pop("defaults", {})},
+        shares_layers=False,
+        counts_from_padding=True,
+        head_activation="gelu",
+        heads={
+            "ForSequenceClassification": Head(
+                tensors={r"^classifier\.dense\.": "pooler.", r"^classifier\.out_proj\.": "classifier."},
+                lost=r"^pooler\.",
+                reason="this class has its own dense layer in the pooler's place",
+            )
+        },
+        default_head="ForMaskedLM",
+        kin={"Roberta", "XLMRoberta", "Camembert"} - {class_name},
+        differences=(
+            f"{title} counts positions over real tokens only, this model over all: with padding on the left they "
+            "differ. Pad on the right.",
+        ),
+        **fields,
+    )
+
+
+ROBERTA = _roberta_like("roberta", "RoBERTa", "Roberta", {"bytes": "RobertaTokenizer"}, cls_id=0, mask_id=50264)
+XLM_ROBERTA = _roberta_like(
+    "xlm-roberta", "XLM-RoBERTa", "XLMRoberta", {"pieces": "XLMRobertaTokenizer"}, cls_id=0, mask_id=250001,
+    defaults={"vocab_size": 30522},
+)  # fmt: skip
+CAMEMBERT = _roberta_like(
+    "camembert", "CamemBERT", "Camembert", {"pieces": "CamembertTokenizer"}, cls_id=5, mask_id=32004,
+    defaults={"vocab_size": 30522, "bos_token_id": 5, "eos_token_id": 6},
+)  # fmt: skip
+DISTILBERT = Family(
+    model_type="distilbert",
+    title="DistilBERT",
+    class_name="DistilBert",
+    prefix="distilbert.",
+    cls_id=101,
+    mask_id=103,
+    vocabularies=_vocabularies(word="DistilBertTokenizer"),
+    tensors={
+        r"^transformer\.layer\.(\d+)\.": _GROUP,
+        r"\.attention\.q_lin\.": ".attention.query.",
+        r"\.attention\.k_lin\.": ".attention.key.",
+        r"\.attention\.v_lin\.": ".attention.value.",
+        r"\.attention\.out_lin\.": ".attention.dense.",
+        r"\.sa_layer_norm\.": ".attention.LayerNorm.",
+        r"\.ffn\.lin1\.": ".ffn.",
+        r"\.ffn\.lin2\.": ".ffn_output.",
+        r"\.output_layer_norm\.": ".full_layer_layer_norm.",
+        r"^vocab_transform\.": "predictions.dense.",
+        r"^vocab_layer_norm\.": "predictions.LayerNorm.",
+        r"^vocab_projector\.": "predictions.decoder.",
+        **_OLD_NAMES,
+    },
+    fields={
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+        "activation": "hidden_act",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "seq_classif_dropout": "classifier_dropout_prob",
+    },  # fmt: skip
+    defaults={**_SIZES, "num_hidden_layers": 6, "classifier_dropout_prob": 0.2},
+    shares_layers=False,
+    added=("embeddings.token_type_embeddings.weight",),
+    heads=dict.fromkeys(
+        ("ForSequenceClassification", "ForMultipleChoice"),
+        Head(
+            lost=r"^(pre_classifier|classifier)\.",
+            is_new=True,
+            reason="DistilBERT's dense layer with ReLU has no counterpart in ALBERT's head",
+            difference="The head is new: DistilBERT's, a dense layer with ReLU, has no counterpart in ALBERT. Train "
+            "it before use.",
+        ),
+    ),
+    default_head="ForMaskedLM",
+)
+_ELECTRA_HEAD = Head(
+    lost=r"^(classifier|sequence_summary)\.",
+    is_new=True,
+    reason="ELECTRA's dense layer with GELU has no counterpart in ALBERT's head",
+    difference="The head is new: ELECTRA's, a dense layer with GELU, has no counterpart in ALBERT. Train it before "
+    "use.",
+)
+ELECTRA = Family(
+    model_type="electra",
+    title="ELECTRA",
+    class_name="Electra",
+    prefix="electra.",
+    cls_id=101,
+    mask_id=103,
+    vocabularies=_vocabularies(word="ElectraTokenizer"),
+    tensors={
+        **_BERT_LAYERS,
+        r"^embeddings_project\.": "encoder.embedding_hidden_mapping_in.",
+        r"^generator_predictions\.": "predictions.",
+        r"^generator_lm_head\.": "predictions.decoder.",
+    },
+    fields=_DROPOUT,
+    defaults={
+        **_SIZES, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
+    },
+    shares_layers=False,
+    head_activation="gelu",
+    heads={
+        "ForSequenceClassification": _ELECTRA_HEAD,
+        "ForMultipleChoice": _ELECTRA_HEAD,
+        "ForPreTraining": Head(
+            becomes="Model",
+            lost=r"^discriminator_predictions\.",
+            reason="no LSG class has ELECTRA's discriminator",
+            difference="ELECTRA's discriminator has no counterpart and is left out: this is the encoder alone.",
+        ),
+    },
+    default_head="ForMaskedLM",
+)  # fmt: skip
+FAMILIES = {
+    family.model_type: family for family in (ALBERT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA)
+}
+CONVERTIBLE = "ALBERT, BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA"
+
+# Why models of other types cannot be converted: `model_type` as in config.json.
+_REASONS = {
+    "its attention has relative positions": "deberta deberta-v2 mpnet xlnet roformer nezha funnel",
+    "its layers have rotary positions and gated feed-forward parts": "modernbert nomic_bert new eurobert neobert",
+    "its layers normalize before attention, not after": "esm roberta-prelayernorm xlm-roberta-xl megatron-bert",
+    "its attention is not full attention": "longformer big_bird reformer nystromformer yoso mra convbert",
+    "it is an encoder with a decoder": "t5 mt5 umt5 longt5 bart mbart pegasus marian led blenderbot prophetnet "
+    "encoder-decoder",
+    "it is a decoder": "gpt2 gpt_neo gpt_neox llama mistral opt bloom qwen2 qwen3 gemma modernbert-decoder "
+    "bert-generation",
+    "its layers are convolutions": "squeezebert",
+    "its layers have bottlenecks": "mobilebert",
+    "it has no attention": "fnet",
+    "it has embeddings that ALBERT does not have": "ernie xlm flaubert layoutlm",
+}
+OTHERS = {model_type: reason for reason, types in _REASONS.items() for model_type in types.split()}
+ZEROS, IDENTITY = "zeros", "the identity"
+
+
+def added_tensors(family: Family, embedding_size: int, hidden_size: int) -> dict[str, str]:
+    """What is filled in where a checkpoint of that family and size has it not, by ALBERT's names without prefix."""
+    filled = dict.fromkeys(family.added, ZEROS)
+    if not family.shares_layers and embedding_size == hidden_size:
+        mapping = "encoder.embedding_hidden_mapping_in."
+        filled |= {mapping + "weight": IDENTITY, mapping + "bias": ZEROS}
+    return filled

@@ -24,8 +24,11 @@ from .families import FAMILIES
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family.vocabularies}
-TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES |= dict.fromkeys(("merges.txt", "bpe.codes", "special_tokens_map.json", "added_tokens.json"))
+TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+MODULES = "modules.json"  # of sentence-transformers: what follows the encoder
+MODULE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
 
@@ -46,13 +49,18 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
         return Path(source)
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
-    wanted = ["config.json", "README.md", *TOKENIZER_FILES]
+    wanted = ["config.json", "README.md", *TOKENIZER_FILES, MODULES, *MODULE_SETTINGS]
     options = {"revision": revision, "token": token, "ignore_patterns": "*/*"}  # which are subfolders
     try:
         for weights in (["model*.safetensors", SAFETENSORS_INDEX], ["pytorch_model*.bin", PICKLE_INDEX]):
             folder = Path(snapshot_download(source, allow_patterns=wanted + weights, **options))
             if any(folder.glob(weights[0])):
                 break
+        modules = [f"{module}/*" for module in module_folders(folder)]
+        if modules:
+            snapshot_download(source, allow_patterns=modules, revision=revision, token=token)
+    except ConversionError:
+        raise
     except Exception as error:  # of the network: each release of huggingface_hub has its own
         raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
     return folder
@@ -94,6 +102,7 @@ class SourceWeights:
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.skipped: dict[str, int] = {}  # rows at the beginning of a table that are not there for the reader
         self._pickled: dict[str, Tensor] = {}
         for path, names in find_weights(folder).items():
             found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
@@ -122,10 +131,28 @@ class SourceWeights:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor = self.whole(name)
+        return tensor[self.skipped[name] :] if name in self.skipped else tensor
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor with the rows that are left out."""
         if name in self._pickled:
             return self._pickled[name].detach()
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def skip_rows(self, name: str, count: int) -> None:
+        """Leave out the first rows of a table from now on."""
+        rows, *others = self.shapes[name]
+        self.skipped[name] = min(count, rows)
+        self.shapes[name] = (rows - self.skipped[name], *others)
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of that."""
+        if name not in self.skipped:
+            return self.shapes[name]
+        rows, *others = self.shapes[name]
+        return (rows + self.skipped[name], *others)
 
 
 def read_checked(weights: SourceWeights, name: str) -> Tensor:
@@ -201,28 +228,83 @@ def copy_code(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def copy_tokenizer(source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int) -> bool:
-    """Copy the tokenizer's files as they are, but for the longest text that it makes.
+def copy_tokenizer(
+    source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int, named: str | None = None
+) -> str | None:
+    """Copy the tokenizer's files as they are, but for the longest text that it makes and the name of its class.
+
+    Only ALBERT's class stays in tokenizer_config.json. Release 5.0 of transformers makes a generic tokenizer where that
+    file names another than the model's; it takes the class that config.json names.
 
     Args:
         source, target: directories.
         vocabularies: files that hold a vocabulary, and the class that reads each if no other file names one.
         max_length: tokens of the longest text.
+        named: the class in the source's config.json.
 
     Returns:
-        Whether there is a tokenizer.
+        The class, None if there is no tokenizer.
     """
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     classes = [tokenizer_class for name, tokenizer_class in vocabularies.items() if name in found]
     if not classes:
-        return False
+        return None
     for name in found:
         shutil.copyfile(source / name, target / name)
-    settings = {"tokenizer_class": classes[0]}
-    if TOKENIZER_SETTINGS in found:
-        settings = read_json(source / TOKENIZER_SETTINGS)
+    settings = read_json(source / TOKENIZER_SETTINGS) if TOKENIZER_SETTINGS in found else {}
+    tokenizer_class = str(settings.pop("tokenizer_class", None) or named or classes[0])
+    if tokenizer_class.startswith("Albert"):
+        settings["tokenizer_class"] = tokenizer_class
     write_json(target / TOKENIZER_SETTINGS, {**settings, "model_max_length": max_length})
-    return True
+    return tokenizer_class
+
+
+def module_folders(source: Path) -> list[str]:
+    """The folders, one for each module behind the encoder, of a model of sentence-transformers; none for others.
+
+    Raises:
+        ConversionError: modules.json is damaged, or names a place outside of the model.
+    """
+    path = source / MODULES
+    if not path.is_file():
+        return []
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        folders = [str(module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConversionError(f"{path} is damaged: it is no list of modules with a `path`.") from error
+    outside = [folder for folder in folders[1:] if not re.fullmatch(r"[\w-][\w.-]*|", folder)]
+    if outside or folders[:1] != [""]:
+        reason = (
+            f"{outside[0]!r} is no folder in it" if outside else "the encoder must come first, with an empty `path`"
+        )
+        raise ConversionError(f"{path} cannot be converted: {reason}.")
+    return [folder for folder in folders[1:] if folder]
+
+
+def copy_modules(source: Path, target: Path, max_length: int) -> list[str]:
+    """Copy what a model of sentence-transformers has beside its encoder, but for the longest text that it reads.
+
+    Args:
+        source, target: directories.
+        max_length: tokens of the longest text.
+
+    Returns:
+        The folders of the modules behind the encoder, none if the source is no such model.
+    """
+    folders = module_folders(source)
+    if not (source / MODULES).is_file():
+        return []
+    shutil.copyfile(source / MODULES, target / MODULES)
+    for folder in folders:
+        if (source / folder).is_dir():  # a module without settings, such as the normalization, may have none
+            shutil.copytree(source / folder, target / folder)
+    for path in (path for pattern in MODULE_SETTINGS for path in source.glob(pattern)):
+        settings = read_json(path)
+        write_json(
+            target / path.name, settings | {"max_seq_length": max_length} if "max_seq_length" in settings else settings
+        )
+    return folders
 
 
 @contextlib.contextmanager

@@ -59,7 +59,9 @@ class ConversionOptions:
     """
 
     max_length: int = _option(4096, "longest text, in tokens", type=int, metavar="N")
-    architecture: str | None = _option(None, "AlbertForX or LSGAlbertForX; by default the source's", metavar="CLASS")
+    architecture: str | None = _option(
+        None, "AlbertForX, LSGAlbertForX or that of the family; by default the source's", metavar="CLASS"
+    )
     random_global_init: bool = _option(False, "global tokens from random words, not [MASK]")
     global_positional_stride: int = _option(64, "positions from one global token to the next", type=int, metavar="N")
     keep_first_global_token: bool = _option(False, "keep an LSG source's first global token, remake the others")
@@ -81,7 +83,9 @@ class ConversionOptions:
         "norm", _or_none(str), "norm, pooling, lsh, stride, block_stride, bos_pooling, or none for no sparse part"
     )
     num_global_tokens: int = _parameter(1, int, "tokens that see and are seen by all, 1 to 512")
-    mask_first_token: bool = _parameter(False, bool, "hide [CLS] as a key; a global token made from it takes its part")
+    mask_first_token: bool = _parameter(
+        False, bool, "hide [CLS] as a key; a global token made from it takes its part; usual for sentence-transformers"
+    )
     pool_with_global: bool = _parameter(True, bool, "the first output is that of the first global token")
     adaptive: bool = _parameter(True, bool, "pad inputs to whole blocks, and take that padding out of the outputs")
     pack_padding: bool = _parameter(True, bool, "leave out whole blocks of padding behind the texts of a batch")

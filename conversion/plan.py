@@ -1,6 +1,9 @@
 """What a conversion is going to do, decided before anything is made."""
 
+import copy
+import dataclasses
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,23 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_lsg_albert import LSGAlbertConfig
-from .account import BUFFER, DECODER, TIED, TWINS, Account, account_for, base_prefix, lsg_architecture
-from .families import FAMILIES, Family
-from .files import TOKENIZER_SETTINGS, ConversionError, SourceWeights, one_line, read_json
+from .account import (
+    BUFFER,
+    DECODER,
+    TIED,
+    TWINS,
+    Account,
+    account_for,
+    base_prefix,
+    head_of,
+    lsg_architecture,
+    part_of,
+    target_name,
+)
+from .families import ALBERT, CONVERTIBLE, FAMILIES, OTHERS, Family
+from .files import MODULES, TOKENIZER_SETTINGS, ConversionError, SourceWeights, one_line, read_json
 from .options import ConversionOptions
-from .tensors import GLOBAL_TABLE, WORD_TABLE
+from .tensors import GLOBAL_TABLE, POSITION_TABLE, WORD_TABLE
 
 # Fields of a config.json that say how a model was saved or run, not what it is.
 NOT_KEPT = {"model_type", "architectures", "auto_map", "transformers_version", "transformers_weights", "_name_or_path"}
@@ -35,8 +50,7 @@ class Source:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of the model under ALBERT's names."""
-        kept = {name: value for name, value in self.config.items() if name not in NOT_KEPT}
-        return {self.family.fields.get(name, name): value for name, value in kept.items()}
+        return self.family.albert_fields({n: value for n, value in self.config.items() if n not in NOT_KEPT})
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Plan:
     sizes: LSGAlbertConfig  # of the source
     config: LSGAlbertConfig  # of the target
     architecture: str  # of the target
+    head: str  # of the source's class that is its counterpart, such as "ForMaskedLM"
     account: Account
     source_dtype: torch.dtype
     is_lsg: bool  # whether the source is an LSG-ALBERT already
@@ -87,15 +102,74 @@ def read_source(folder: Path) -> Source:
     if not path.is_file():
         raise ConversionError(f"{folder} is no checkpoint: it has no config.json.")
     config = read_json(path)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConversionError(f"{path} is not of an ALBERT: its `model_type` is {model_type!r}.")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ConversionError(f"{path}: `architectures` must be a list of names of classes, got {architectures!r}.")
     if config.get("quantization_config"):
         raise ConversionError(f"{path}: `quantization_config` is set. Save the model without quantization first.")
-    return Source(folder, FAMILIES[model_type], config, next(iter(architectures), None), SourceWeights(folder))
+    architecture = next(iter(architectures), None)
+    check_type(path, config.get("model_type"))
+    weights = SourceWeights(folder)
+    family = find_family(path, config.get("model_type"), architecture, weights.shapes)
+    if family is not ALBERT:  # whose fields are all checked later
+        check_encoder(path, config, architecture)
+    unused = family.unused_positions(config)
+    for name in [name for name in weights.shapes if unused and name.endswith(POSITION_TABLE)]:
+        weights.skip_rows(name, unused)
+    return Source(folder, family, config, architecture, weights)
+
+
+def check_type(path: Path, model_type: Any) -> None:
+    """Refuse models of other families, with the reason where it is known; none is fine."""
+    if model_type is None or (isinstance(model_type, str) and model_type in FAMILIES):
+        return
+    reason = f": {OTHERS[model_type]}" if isinstance(model_type, str) and model_type in OTHERS else ""
+    raise ConversionError(
+        f"{path} cannot be converted, its `model_type` is {model_type!r}{reason}. What converts: {CONVERTIBLE}."
+    )
+
+
+def check_encoder(path: Path, config: Mapping[str, Any], architecture: str | None) -> None:
+    """Refuse what belongs to a family by its type, but is no encoder like ALBERT."""
+    positions = config.get("position_embedding_type") or "absolute"
+    decoding = [name for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if config.get(name)]
+    reason = None
+    if positions != "absolute":
+        reason = f"its `position_embedding_type` is {positions!r}, and ALBERT's positions are absolute"
+    elif decoding:
+        reason = f"`{decoding[0]}` is set, and ALBERT is an encoder"
+    elif (architecture or "").endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
+        reason = f"{architecture} is a decoder, and ALBERT is an encoder"
+    elif config.get("adapters"):
+        reason = "`adapters` is set: merge them into the model, or leave them out, first"
+    if reason is not None:
+        raise ConversionError(f"{path} cannot be converted, {reason}. What converts: {CONVERTIBLE}.")
+
+
+def find_family(path: Path, model_type: str | None, architecture: str | None, names: Iterable[str]) -> Family:
+    """The family that `model_type` names or, where it is missing, the names of the class or of the tensors."""
+    start = (architecture or "").removeprefix("LSG")
+    by_class = [family for family in FAMILIES.values() if start.startswith(family.class_name)]
+    prefixes = {name.split(".")[0] + "." for name in names} & {family.prefix for family in FAMILIES.values()}
+    if model_type is None:
+        found = by_class or [family for family in FAMILIES.values() if family.prefix in prefixes]
+        if not found:
+            raise ConversionError(
+                f"{path} names no `model_type`, and neither a class nor a tensor tells it: add it. What converts: "
+                f"{CONVERTIBLE}."
+            )
+        return found[0]
+    family = FAMILIES[model_type]
+    if by_class and family not in by_class and by_class[0].class_name not in family.kin:
+        raise ConversionError(
+            f"{path} contradicts itself: its `model_type` is {model_type!r}, its class {architecture}. Correct it."
+        )
+    if prefixes and family.prefix not in prefixes:
+        raise ConversionError(
+            f"{path} contradicts the weights: its `model_type` is {model_type!r}, but their names begin with "
+            f"{min(prefixes)!r}. Correct it."
+        )
+    return family
 
 
 def make_plan(source: Source, options: ConversionOptions) -> Plan:
@@ -105,16 +179,22 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
         ValueError: it cannot be converted, or not in this way.
     """
     sizes = source_sizes(source)
-    config = LSGAlbertConfig.from_dict(source.fields, max_position_embeddings=options.max_length, **options.pattern)
+    # An encoder of sentence-transformers has no global token beside [CLS]: short texts then have the source's embeddings.
+    usual = {"mask_first_token": True} if (source.folder / MODULES).is_file() else {}
+    fields = usual | source.fields
+    config = LSGAlbertConfig.from_dict(fields, max_position_embeddings=options.max_length, **options.pattern)
     if options.max_length < 2 * config.block_size:
         raise ConversionError(
             f"`max_length` ({options.max_length}) must be at least two blocks, {2 * config.block_size} tokens: take "
             f"a longer one, or a `block_size` below {config.block_size}."
         )
-    named = options.architecture or source.architecture
-    architecture = lsg_architecture(named or "AlbertForPreTraining", source.family)
+    family, shapes = source.family, source.weights.shapes
+    named = options.architecture or source.architecture or usual_architecture(family, shapes)
+    architecture = lsg_architecture(named, family)
     is_own = options.architecture is None and source.architecture is not None
-    account = account_for(source.weights.shapes, source.family, architecture, sizes, strict=is_own)
+    heads = [head_of(name, family) for name in (named, source.architecture) if name is not None]
+    account = account_for(shapes, family, architecture, sizes, is_own, heads)
+    check_activation(source, account)
     global_table, words = (base_prefix(architecture) + table for table in (GLOBAL_TABLE, WORD_TABLE))
     is_lsg = global_table in account.copied
     named_lsg = source.config.get("base_model_prefix") == "lsg" or "LSG" in (source.architecture or "")
@@ -123,7 +203,26 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     if config.tie_word_embeddings:
         account = without_tied_decoder(account, source.weights)
     source_dtype = source.weights[account.copied[words]].dtype
-    return Plan(source, options, sizes, config, architecture, account, source_dtype, is_lsg)
+    return Plan(source, options, sizes, config, architecture, heads[0], account, source_dtype, is_lsg)
+
+
+def check_activation(source: Source, account: Account) -> None:
+    """Refuse a head for masked words whose activation is not that of the layers, as ALBERT's is."""
+    family, activation = source.family, source.fields.get("hidden_act")
+    has_head = any(part_of(name) == "predictions" for name in account.copied)
+    if has_head and family.head_activation and activation not in (family.head_activation, "gelu_python"):
+        raise ConversionError(
+            f"{source.folder / 'config.json'}: `hidden_act` is {activation!r}, but {family.title}'s head for masked "
+            f"words always has {family.head_activation!r}, and ALBERT has one for both. Convert the encoder alone with "
+            f"`--architecture {family.class_name}Model`."
+        )
+
+
+def usual_architecture(family: Family, names: Iterable[str]) -> str:
+    """The class of a checkpoint whose config.json names none: without a head unless it has that of pre-training."""
+    has_head = any(part_of(target_name(name, family, "")) == "predictions" for name in names)
+    head = family.default_head if has_head or family is ALBERT else "Model"
+    return family.class_name + head
 
 
 def without_tied_decoder(account: Account, weights: SourceWeights) -> Account:
@@ -135,7 +234,7 @@ def without_tied_decoder(account: Account, weights: SourceWeights) -> Account:
     if decoder is None or not torch.equal(weights[decoder], weights[account.copied[TWINS[DECODER]]]):
         return account
     copied = {name: source_name for name, source_name in account.copied.items() if name != DECODER}
-    return Account(copied, account.dropped | {decoder: TIED}, account.missing)
+    return dataclasses.replace(account, copied=copied, dropped=account.dropped | {decoder: TIED})
 
 
 def source_sizes(source: Source) -> LSGAlbertConfig:
@@ -176,6 +275,23 @@ def load_tokenizer(target: Path, source: Source) -> PreTrainedTokenizerBase | No
         raise ConversionError(f"The tokenizer of {source.folder} cannot be loaded: {one_line(error)}") from error
 
 
+def with_token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Plan:
+    """The plan with the ids in its configuration that the tokenizer gives to what opens, ends and fills a text."""
+    if tokenizer is None:
+        return plan
+    found = {
+        "bos_token_id": (tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": (tokenizer.eos_token_id, tokenizer.sep_token_id),
+        "pad_token_id": (tokenizer.pad_token_id,),
+    }
+    config = copy.deepcopy(plan.config)
+    for name, ids in found.items():
+        known = [token_id for token_id in ids if token_id is not None and token_id < config.vocab_size]
+        if known:
+            setattr(config, name, known[0])
+    return dataclasses.replace(plan, config=config)
+
+
 def choose_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Tokens:
     """The tokens that are given, the tokenizer's, or the family's; refused if there is no mask token but need of one."""
     options, family = plan.options, plan.source.family
@@ -190,13 +306,15 @@ def choose_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Toke
             "The source's tokenizer has no mask token: name another with `--mask-token-id`, or take "
             "`--random-global-init`."
         )
+    if tokenizer is None and plan.keeps_globals:  # nothing is made of them, and any ids do for the comparison
+        bos, mask = (min(token_id, plan.config.vocab_size - 1) for token_id in (bos, mask))
     return Tokens(tokenizer, bos, mask)
 
 
 def find_warnings(plan: Plan, tokens: Tokens) -> list[str]:
     """What the user should know before the work begins."""
     options, account, found = plan.options, plan.account, []
-    if tokens.tokenizer is None and options.mask_token_id is None:
+    if tokens.tokenizer is None and options.mask_token_id is None and not plan.keeps_globals:
         found.append(
             f"{plan.source.folder} has no tokenizer: the global tokens are made from the ids {tokens.bos} for [CLS] "
             f"and {tokens.mask} for [MASK]. `--bos-token-id` and `--mask-token-id` name others."

@@ -28,6 +28,7 @@ class Report:
 
     source: str
     source_commit: str | None  # on the Hub
+    family: str  # of the source, such as "RoBERTa"
     source_architecture: str | None  # as its config.json has it
     source_is_lsg: bool
     target: str
@@ -43,8 +44,10 @@ class Report:
     mask_token_id: int | None
     seed: int
     has_tokenizer: bool
+    modules: list[str] = field(default_factory=list)  # of sentence-transformers, which follow the encoder
     dropped: dict[str, str] = field(default_factory=dict)  # tensor of the source: reason
     drawn: list[str] = field(default_factory=list)  # tensors of the target
+    differences: list[str] = field(default_factory=list)  # that remain between the source's family and ALBERT
     warnings: list[str] = field(default_factory=list)
     comparison: Comparison | None = None  # None: not verified
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,12 +63,15 @@ class Report:
         rows = {
             "source": self.source + (f" (commit {self.source_commit})" if self.source_commit else ""),
             "target": self.target,
+            "family": self.family,
             "architecture": f"{self.source_architecture or 'not named'} -> {self.architecture}, {self.dtype}",
             "positions": f"{self.source_max_length:,} -> {self.max_length:,}",
             "parameters": f"{self.parameters_before:,} -> {self.parameters_after:,} ({added:+,})",
             "global tokens": self.global_tokens,
             "dropped": "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items()) or "nothing",
             "drawn": ", ".join(self.drawn) or "nothing",
+            **({"modules": ", ".join(self.modules)} if self.modules else {}),
+            **({"differences": " ".join(self.differences)} if self.differences else {}),
             **self._comparison_rows(),
         }
         if self.pushed_to:
@@ -99,8 +105,8 @@ def model_card(report: Report, source_folder: Path) -> str:
     path = Path(report.source)  # which is nobody's business
     data = ModelCardData(
         **known_metadata(source_folder / "README.md"),
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS.get(report.architecture),
+        library_name="sentence-transformers" if report.modules else "transformers",
+        pipeline_tag="sentence-similarity" if report.modules else PIPELINE_TAGS.get(report.architecture),
         tags=["albert", "lsg", "long-context", "custom_code"],
         base_model=None if path.is_dir() else report.source,
     )

@@ -1,14 +1,16 @@
 """The proof of a conversion: the target, read from its files, computes what the source does."""
 
+import contextlib
 import copy
 import re
 import sys
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AlbertConfig, PretrainedConfig, PreTrainedModel
@@ -16,11 +18,12 @@ from transformers import AlbertConfig, PretrainedConfig, PreTrainedModel
 from ..configuration_lsg_albert import LSGAlbertConfig
 from .account import TWINS, base_prefix, model_class
 from .files import ConversionError, SourceWeights, one_line
-from .plan import Plan, Tokens
+from .plan import NOT_KEPT, Plan, Source, Tokens
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, TOKEN_TYPE_TABLE, WORD_TABLE
 
 Reader = Callable[[str], Tensor]  # gives a tensor by its name in the target
-Outputs = dict[str, Tensor]  # by their names
+Inputs = dict[str, Tensor]  # by their names
+Outputs = dict[str, Tensor]
 
 LOSSLESS = 1e-4  # largest difference of logits in the lossless setting, where only rounding may tell the models apart
 SHORT_TEXT = (
@@ -44,36 +47,37 @@ class Comparison:
     peak_memory_mb: float | None  # of the whole process, up to the end of the forward of full length
 
 
-def compare(plan: Plan, tokens: Tokens, drawn: Mapping[str, Tensor], folder: Path) -> Comparison:
-    """Run source and target on a short text, the target in two settings, and on one of full length.
+def compare(plan: Plan, tokens: Tokens, made: Mapping[str, Tensor], folder: Path) -> Comparison:
+    """Run source and target on a short text and a padded part of it, the target in two settings, and on full length.
 
     All models compute in float32; one is in memory at a time.
 
     Args:
         plan, tokens: of the conversion.
-        drawn: the tensors of the target that the source lacks.
+        made: the tensors of the target that the source lacks, and those of ALBERT that its family lacks.
         folder: the target.
 
     Raises:
         ConversionError: the target is not lossless where it must be, or gives numbers that are not finite.
     """
-    source, target = source_reader(plan, drawn), SourceWeights(folder)
+    source, target = source_reader(plan, made), SourceWeights(folder)
     config = LSGAlbertConfig.from_pretrained(folder)
-    text, input_ids = short_input(plan, tokens)
+    text, inputs = short_inputs(plan, tokens)
     with tqdm(total=5, desc="comparing", unit="run", disable=None) as progress:
-        rounded = run(build_albert(plan, lambda name: source(name).to(plan.dtype)), input_ids)
+        rounded = run_source(plan, source, inputs, plan.dtype)
         progress.update()
         as_it_was = rounded
         if plan.is_lsg:
-            as_it_was = run(build(plan.architecture, plan.sizes, source), input_ids)
+            as_it_was = run(build(plan.architecture, plan.sizes, source), inputs)
         elif plan.dtype != plan.source_dtype:
-            as_it_was = run(build_albert(plan, source), input_ids)
+            as_it_was = run_source(plan, source, inputs)
         progress.update()
         chosen = build(plan.architecture, config, lambda name: target[first_name(name, target.shapes)])
-        difference, global_token = lossless_difference(plan, tokens, source, chosen, input_ids, rounded)
+        difference, global_token = lossless_difference(plan, tokens, source, chosen, inputs, rounded)
         progress.update()
-        outputs = run(chosen, input_ids)
+        outputs = run(chosen, inputs)
         progress.update()
+        input_ids = inputs["input_ids"][:1]
         seconds = time_full_length(chosen, input_ids)
         progress.update()
     return Comparison(
@@ -90,13 +94,13 @@ def compare(plan: Plan, tokens: Tokens, drawn: Mapping[str, Tensor], folder: Pat
     )
 
 
-def source_reader(plan: Plan, drawn: Mapping[str, Tensor]) -> Reader:
-    """Reads the source's tensors, and those drawn beside them, by their names in the target."""
+def source_reader(plan: Plan, made: Mapping[str, Tensor]) -> Reader:
+    """Reads the source's tensors, and those made beside them, by their names in the target."""
     copied = plan.account.copied
 
     def read(name: str) -> Tensor:
-        name = first_name(name, copied.keys() | drawn.keys())
-        return drawn[name] if name in drawn else plan.source.weights[copied[name]]
+        name = first_name(name, copied.keys() | made.keys())
+        return made[name] if name in made else plan.source.weights[copied[name]]
 
     return read
 
@@ -126,13 +130,90 @@ def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
     return build(plan.architecture.removeprefix("LSG"), config, read)
 
 
-def short_input(plan: Plan, tokens: Tokens) -> tuple[str | None, Tensor]:
-    """A text with a masked word, if there is a tokenizer, and its ids (1, length), the first of them [CLS].
+def load_source(plan: Plan) -> PreTrainedModel:
+    """The source as its own class reads it from its own files: a model in float32, without head if that is drawn anew.
+
+    Nothing of the conversion is in it, so that a wrong name or rule shows.
+
+    Raises:
+        ConversionError: transformers cannot load it.
+    """
+    source, head = plan.source, plan.architecture.removeprefix("LSGAlbert")
+    cls = getattr(transformers, source.family.class_name + ("Model" if plan.account.missing else head))
+    fields = {name: value for name, value in source.config.items() if name not in NOT_KEPT}
+    try:
+        config = cls.config_class.from_dict(fields)
+        config._attn_implementation = "eager"
+        with quiet():
+            model = load_files(cls, config, source)
+    except Exception as error:  # each release has its own for what it does not like
+        raise ConversionError(
+            f"transformers cannot load {source.folder} as {cls.__name__}, to compare with: {one_line(error)}. "
+            "`--no-verify` leaves the comparison out."
+        ) from error
+    return model.float().eval()
+
+
+def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, source: Source) -> PreTrainedModel:
+    """A model as its class reads it from the source's files, mended where releases before 5 have faults."""
+    prefix, weights = cls.base_model_prefix + ".", source.weights
+    bare = getattr(transformers, source.family.class_name + "Model")
+    names = {name: name for name in weights.shapes}
+    if cls is not bare and not any(name.startswith(prefix) for name in names):
+        # Of a head on a base without prefix they say that the file is damaged.
+        with torch.device("meta"):
+            parts = {name for name, _ in bare(copy.deepcopy(config)).named_children()}
+        names = {prefix * (name.split(".")[0] in parts) + name: name for name in names}
+        state_dict = {name: weights.whole(file_name) for name, file_name in names.items()}
+        model = cls.from_pretrained(None, config=config, state_dict=state_dict)
+    else:
+        model = cls.from_pretrained(source.folder, config=config)
+    # Release 4.44 loses the bias of RoBERTa's decoder if the file has only one of its two names.
+    state_dict = model.state_dict()
+    for name in [name for name in names.keys() & state_dict.keys() if name.endswith("bias")]:
+        state_dict[name].copy_(weights.whole(names[name]))
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bars, and its remarks on what a file has more or less than a class."""
+    logging = transformers.logging
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def run_source(plan: Plan, read: Reader, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Outputs:
+    """The source's outputs in float32, from weights rounded to `dtype`.
+
+    An ALBERT is built from its tensors, which go by the same names in the target, and so is what an LSG model has of an
+    ALBERT. All others are loaded from their own files.
+    """
+    if plan.is_lsg or plan.source.family.shares_layers:
+        return run(build_albert(plan, lambda name: read(name).to(dtype)), inputs)
+    model = load_source(plan).to(dtype).float()
+    # Its class has its own ways to number positions, and not all know token types.
+    outputs = run(model, {name: inputs[name] for name in ("input_ids", "attention_mask")})
+    if plan.account.missing:
+        return {"last_hidden_state": outputs["last_hidden_state"]}
+    renamed = {"seq_relationship_logits": "sop_logits"}
+    return {renamed.get(name, name): output for name, output in outputs.items()}
+
+
+def short_inputs(plan: Plan, tokens: Tokens) -> tuple[str | None, Inputs]:
+    """A text with a masked word, if there is a tokenizer, and inputs (2, length): the text, and half of it with padding.
 
     Raises:
         ConversionError: the tokenizer gives ids that the model does not have.
     """
-    vocab_size = plan.config.vocab_size
+    vocab_size, pad = plan.config.vocab_size, plan.config.pad_token_id or 0
     if tokens.tokenizer is not None:
         text = SHORT_TEXT.format(mask=tokens.tokenizer.mask_token or "sea")
         ids = tokens.tokenizer(text)["input_ids"]
@@ -142,31 +223,55 @@ def short_input(plan: Plan, tokens: Tokens) -> tuple[str | None, Tensor]:
             )
     else:
         text, ids = None, torch.randint(vocab_size, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = [(pad + 1) % vocab_size if token_id == pad else token_id for token_id in ids]
         if tokens.mask is not None:
             ids[10] = tokens.mask
     length = min(len(ids), plan.sizes.max_position_embeddings, plan.config.max_position_embeddings)
-    return text, torch.tensor([[tokens.bos, *ids[1:length]]])
+    ids = [tokens.bos, *ids[1:length]]
+    half = (length + 1) // 2
+    input_ids = torch.tensor([ids, ids[:half] + [pad] * (length - half)])
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, half:] = 0
+    return text, all_inputs(input_ids, attention_mask)
 
 
-def run(model: PreTrainedModel, input_ids: Tensor) -> Outputs:
-    """The outputs for ids (1, length); `ConversionError` if the model cannot be run."""
-    if type(model).__name__.endswith("MultipleChoice"):
-        input_ids = input_ids[None]
-    inputs = {  # all of them, as the buffers that would stand in may be without content
+def all_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> Inputs:
+    """All inputs for ids (batch, length), as the buffers that would stand in for some may be without content."""
+    return {
         "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
+        "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
         "token_type_ids": torch.zeros_like(input_ids),
         "position_ids": torch.arange(input_ids.shape[-1]).expand_as(input_ids),
     }
+
+
+def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Outputs:
+    """The outputs for inputs (batch, length), with zeros at padding; `ConversionError` if the model cannot be run.
+
+    The last hidden states are among them, unless they are not wanted.
+    """
+    name = type(model).__name__
+    mask = inputs["attention_mask"]
+    if name.endswith("MultipleChoice"):
+        inputs = {name: tensor[None] for name, tensor in inputs.items()}
     try:
         with torch.inference_mode():
-            outputs = model(**inputs, return_dict=True)
+            outputs = model(**inputs, output_hidden_states=with_states, return_dict=True)
     except (RuntimeError, IndexError, MemoryError) as error:  # too little memory, or a size that a release cannot run
         raise ConversionError(
-            f"{type(model).__name__} cannot be run on {input_ids.shape[-1]} tokens: {one_line(error)}. `--no-verify` "
-            "leaves the comparison out."
+            f"{name} cannot be run on {mask.shape[-1]} tokens: {one_line(error)}. `--no-verify` leaves the comparison "
+            "out."
         ) from error
-    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    found = {key: value for key, value in outputs.items() if isinstance(value, Tensor)}
+    if with_states:
+        found["last_hidden_state"] = outputs["hidden_states"][-1]
+    of_texts = {"pooler_output", "sop_logits", "seq_relationship_logits", "global_hidden_states"}
+    if name.endswith(("SequenceClassification", "MultipleChoice")):
+        of_texts.add("logits")
+    for key in found.keys() - of_texts:
+        padding = (mask == 0).view(*mask.shape, *[1] * (found[key].dim() - 2))
+        found[key] = found[key].masked_fill(padding, 0)
+    return found
 
 
 def largest_difference(outputs: Outputs, reference: Outputs) -> float:
@@ -175,14 +280,14 @@ def largest_difference(outputs: Outputs, reference: Outputs) -> float:
 
 
 def lossless_difference(
-    plan: Plan, tokens: Tokens, source: Reader, chosen: PreTrainedModel, input_ids: Tensor, reference: Outputs
+    plan: Plan, tokens: Tokens, source: Reader, chosen: PreTrainedModel, inputs: Inputs, reference: Outputs
 ) -> tuple[float, str]:
     """The largest difference to the source in the setting in which only float32's rounding may make one.
 
     Args:
         plan, tokens, source: of the conversion.
         chosen: the target.
-        input_ids, reference: (1, length), and the source's outputs for them.
+        inputs, reference: for the models, and the source's outputs for them.
 
     Returns:
         The difference, and whether the first global token was the "stored" or a "computed" one.
@@ -206,8 +311,9 @@ def lossless_difference(
         table = table.clone()
         table[0] = sum(part.to(plan.dtype).float() for part in cls_parts)
         weights = {**weights, prefix + GLOBAL_TABLE: table}
-    model = build(plan.architecture, lossless_config(chosen.config, input_ids.shape[1]), weights.__getitem__)
-    difference = largest_difference(run(model, input_ids), reference)
+    config = lossless_config(chosen.config, inputs["input_ids"].shape[1])
+    model = build(plan.architecture, config, weights.__getitem__)
+    difference = largest_difference(run(model, inputs), reference)
     if not difference < LOSSLESS:  # also where it is NaN
         raise ConversionError(
             f"The conversion is not lossless: with `mask_first_token=True` an output differs by {difference:.2e} "
@@ -229,7 +335,7 @@ def time_full_length(model: PreTrainedModel, input_ids: Tensor) -> float:
     length = model.config.max_position_embeddings
     ids = input_ids.repeat(1, length // input_ids.shape[1] + 1)[:, :length]
     start = time.perf_counter()
-    outputs = run(getattr(model, "albert", model), ids)
+    outputs = run(getattr(model, "albert", model), all_inputs(ids), with_states=False)
     seconds = time.perf_counter() - start
     if not bool(outputs["last_hidden_state"].isfinite().all()):
         raise ConversionError(f"The result gives numbers that are not finite on {length} tokens. Nothing is written.")
@@ -240,9 +346,9 @@ def top5(plan: Plan, tokens: Tokens, outputs: Outputs, input_ids: Tensor) -> lis
     """The five likeliest tokens in the mask's place with their probabilities; None without mask or such a head."""
     places = (input_ids[0] == (-1 if tokens.mask is None else tokens.mask)).nonzero().flatten()
     has_head = plan.architecture in ("LSGAlbertForMaskedLM", "LSGAlbertForPreTraining")
-    if not has_head or len(places) == 0:
+    logits = outputs.get("prediction_logits", outputs.get("logits"))
+    if not has_head or logits is None or len(places) == 0:
         return None
-    logits = outputs["prediction_logits"] if "prediction_logits" in outputs else outputs["logits"]
     values, ids = logits[0, places[0]].softmax(-1).topk(min(5, logits.shape[-1]))
     names = ids.tolist() if tokens.tokenizer is None else tokens.tokenizer.convert_ids_to_tokens(ids.tolist())
     return list(zip(map(str, names), [round(value, 4) for value in values.tolist()], strict=True))

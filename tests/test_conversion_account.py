@@ -8,6 +8,7 @@ from lsg_albert.conversion.families import ALBERT, Family
 
 OTHER = Family(
     model_type="other",
+    title="Other",
     class_name="Other",
     prefix="other.",
     cls_id=0,

@@ -304,7 +304,7 @@ def cut(weights):
 
 LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0."
 DAMAGES = {
-    "another model": (lambda s: damage_config(s, model_type="bert"), r"config.json is not of an ALBERT: .*'bert'"),
+    "another model": (lambda s: damage_config(s, model_type="bert"), "is 'bert', its class AlbertForMaskedLM"),
     "no config": (lambda s: (s / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda s: truncate(s / "config.json"), "config.json is damaged"),
     "no object": (lambda s: (s / "config.json").write_text("[]"), "config.json is damaged"),

@@ -199,16 +199,17 @@ def test_the_code_that_is_copied_is_what_the_modeling_file_needs(tmp_path):
 def test_tokenizers_of_all_forms_are_copied(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    assert not copy_tokenizer(source, target, VOCABULARIES, 10)
+    assert copy_tokenizer(source, target, VOCABULARIES, 10) is None
     (source / "vocab.txt").write_text("[PAD]\n")
-    assert copy_tokenizer(source, target, VOCABULARIES, 10)
-    assert '"BertTokenizer"' in (target / "tokenizer_config.json").read_text()
+    assert copy_tokenizer(source, target, VOCABULARIES, 10) == "BertTokenizer"
+    assert copy_tokenizer(source, target, VOCABULARIES, 10, "Named") == "Named"
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "X", "model_max_length": 5}')
     (source / "spiece.model").write_bytes(VOCABULARY.read_bytes())
-    assert copy_tokenizer(source, target, VOCABULARIES, 10)
-    assert (
-        target / "tokenizer_config.json"
-    ).read_text() == '{\n  "tokenizer_class": "X",\n  "model_max_length": 10\n}\n'
+    assert copy_tokenizer(source, target, VOCABULARIES, 10, "Named") == "X"
+    assert (target / "tokenizer_config.json").read_text() == '{\n  "model_max_length": 10\n}\n'
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "AlbertTokenizerFast"}')
+    assert copy_tokenizer(source, target, VOCABULARIES, 10) == "AlbertTokenizerFast"
+    assert json.loads((target / "tokenizer_config.json").read_text())["tokenizer_class"] == "AlbertTokenizerFast"
 
 
 @pytest.mark.parametrize("source", ["/no/such/place", "./nothing", "a/b/c", "spaces in it"])
