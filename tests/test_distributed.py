@@ -208,7 +208,7 @@ def test_fsdp_trains_as_one_process(fsdp_run, one_process):
 @fsdp
 def test_fsdp_resumes(fsdp_run, one_process):
     arguments, output = fsdp_run
-    for path in (output / "checkpoint-6" / "trainer_state.json", output / "history.json"):
+    for path in (output / "checkpoint-6" / "complete", output / "history.json"):
         path.unlink()
     shutil.rmtree(output / "final")
     run(arguments)

@@ -287,8 +287,16 @@ def test_ties_fall_the_same_way_in_graphs(tmp_path, dynamo):
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [(2, 16), (2, 300), (2, 1024)])
-@pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize(
+    ("head", "example"),
+    [
+        ("Model", (2, 16)),
+        ("Model", (2, 300)),
+        ("ForMaskedLM", (2, 1024)),
+        ("ForSequenceClassification", (2, 16)),
+        ("ForTokenClassification", (2, 16)),
+    ],
+)
 def test_the_shipped_model_has_an_onnx_file_for_all_lengths(tmp_path, head, example):
     model = getattr(lsg_albert, "LSGAlbert" + head).from_pretrained(ROOT).eval()
     vocab_size = model.config.vocab_size
