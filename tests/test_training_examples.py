@@ -178,7 +178,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(name, command, finished
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     scripts[name].main(command(name, tmp_path))
-    assert f"resuming from {tmp_path / 'checkpoint-8'}" in capsys.readouterr().out
+    assert "resuming from step 8\n" in capsys.readouterr().out
     assert losses(tmp_path) == losses(finished)
     assert results(tmp_path) == results(finished) and predictions(tmp_path) == predictions(finished)
 
@@ -285,10 +285,10 @@ def test_what_the_examples_share_is_the_same_in_all():
     blocks = [
         re.search(r"    # Before 4\.48.*?save_pretrained\(output\)\n", text, re.DOTALL).group() for text in texts
     ]
-    blocks += [re.search(r"    saved = \[path.*?print\(f\"resuming.*?\n", text, re.DOTALL).group() for text in texts]
+    blocks += [re.search(r"    states = output.*?print\(f\"resuming.*?\n", text, re.DOTALL).group() for text in texts]
     assert len(set(blocks)) == 2
     readers = [
-        re.search(r"file:\n        if name.ends.*?for row in table\]\n", text, re.DOTALL).group()
+        re.search(r"    with fsspec.open.*?for row in table\)\n", text, re.DOTALL).group()
         for text in (texts[0], texts[3])
     ]
     assert readers[0] == readers[1]
@@ -352,5 +352,5 @@ def test_two_processes_resume_with_the_same_losses(command, tmp_path):
         curves.append(losses(tmp_path / "out"))
         (tmp_path / "out" / "test_results.json").unlink()
         shutil.rmtree(tmp_path / "out" / "checkpoint-32")
-    assert f"resuming from {tmp_path / 'out' / 'checkpoint-24'}" in done.stdout
+    assert "resuming from step 24\n" in done.stdout
     assert len(curves[0]) == 32 and curves[0] == curves[1]
