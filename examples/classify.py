@@ -143,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
-    if (result.predictions == result.predictions[0]).all():
-        print("warning: the model predicts the same for every text: train longer, or with another --learning_rate")
     predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
+    if all(label == predicted[0] for label in predicted):
+        print(f"warning: the model predicts {predicted[0]!r} for every text; try a longer training or another rate")
     pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
     if trainer.is_world_process_zero():
         pairs.to_json(output / "predictions.jsonl")

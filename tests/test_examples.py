@@ -1,5 +1,8 @@
 """The example scripts, run as a new user runs them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AlbertForMaskedLM, AutoTokenizer
@@ -62,6 +65,15 @@ def test_fill_mask_says_what_lies_beyond_the_models_length(fill_mask, repository
 def test_fill_mask_refuses_a_text_with_nothing_to_fill(fill_mask, repository, tmp_path, capsys, text):
     assert fill_mask.main([str(document(tmp_path, text)), "--model", str(repository)]) == 1
     assert "no word to mask" in capsys.readouterr().err
+
+
+def test_fill_mask_checks_its_arguments_before_it_imports_torch():
+    """Which takes seconds."""
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    for arguments, message in (["no such file"], "cannot read no such file"), (["x", "--words", "0"], "at least 1"):
+        command = [sys.executable, "-c", code, str(ROOT / "examples" / "fill_mask.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_fill_mask_names_what_it_cannot_read(fill_mask, repository, tmp_path, capsys):
