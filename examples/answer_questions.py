@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             for start, end in [pair for pair in found if pair][:1]:
                 features.append(inputs | {"start_positions": start, "end_positions": end})
         print(f"{len(features)} of {len(rows)} questions; the answers to the others are beyond {length} tokens")
-        return Dataset.from_list(features)
+        return Dataset.from_list(features) if features else sys.exit("no question to learn from: raise --max_length")
 
     trainer = transformers.Trainer(
         model=model, args=training, train_dataset=learnable(train), eval_dataset=learnable(validation),

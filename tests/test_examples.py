@@ -69,7 +69,7 @@ def test_fill_mask_refuses_a_text_with_nothing_to_fill(fill_mask, repository, tm
 
 def test_fill_mask_checks_its_arguments_before_it_imports_torch():
     """Which takes seconds."""
-    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
     for arguments, message in (["no such file"], "cannot read no such file"), (["x", "--words", "0"], "at least 1"):
         command = [sys.executable, "-c", code, str(ROOT / "examples" / "fill_mask.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -240,6 +240,8 @@ def test_answers_beyond_the_length_are_not_trained_on_and_count_as_missed(comman
     scripts["answer_questions"].main(command("answer_questions", tmp_path, *options))
     used, of = map(int, re.search(r"(\d+) of (\d+) questions", capsys.readouterr().out).groups())
     assert 0 < used < of == 32
+    with pytest.raises(SystemExit, match="raise --max_length"):  # with all answers beyond
+        scripts["answer_questions"].main(command("answer_questions", tmp_path / "none", "--max_length", "8"))
     assert all(len(line["prediction"].split()) <= 16 for line in predictions(tmp_path))
 
 
