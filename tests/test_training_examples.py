@@ -316,7 +316,7 @@ def stop_by_signal(arguments: list[str], output: Path, number: int) -> tuple[int
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(number)
-    printed = process.communicate(timeout=60)[1]
+    printed = process.communicate(timeout=120)[1]
     return process.returncode, printed
 
 
