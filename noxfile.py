@@ -51,7 +51,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     elif transformers in BETWEEN:
         selection = COMPATIBILITY_TESTS
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
-    if transformers in BETWEEN:  # kills and several processes, where the Trainers of the releases differ most
+    if transformers in BETWEEN:  # a kill, after which the Trainers of the releases differ most
         session.run("python", "-m", "pytest", "-m", "slow", "tests/test_training_examples.py", "-k", "tag_tokens")
 
 

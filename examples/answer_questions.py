@@ -10,7 +10,6 @@ Answers beyond --max_length are not trained on, and count as missed. The directo
 predictions.jsonl. Started again, a killed run goes on from its last checkpoint. Needs `pip install ".[fine-tuning]"`.
 """
 
-import gzip
 import json
 import re
 import string
@@ -20,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 import transformers
@@ -45,19 +45,19 @@ class Options:
 
 def clean(text: str) -> str:
     """No tokenizer takes half of a surrogate pair."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def load(source: str, options: Options) -> list[dict]:
     """Questions, each with its document and its answers, which are where they are said to be."""
-    if source.lower().endswith((".jsonl", ".json", ".gz")):
-        with (gzip.open if source.lower().endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
-            rows = [line for line in file if line.strip()]
-    else:
-        rows = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        try:
+    questions, number = [], 1
+    try:
+        if source.lower().endswith((".jsonl", ".json", ".gz")):
+            with fsspec.open(source, "rt", encoding="utf-8-sig", compression="infer") as file:
+                rows = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+        else:
+            rows = enumerate(load_dataset(*source.split(":")[:-1], split=source.split(":")[-1]), start=1)
+        for number, row in rows:
             row = json.loads(row) if isinstance(row, str) else row
             context = clean(row[options.context_field])
             for qa in row.get("qas", [row]):
@@ -70,11 +70,10 @@ def load(source: str, options: Options) -> list[dict]:
                     if not answer["text"] or not context.startswith(answer["text"], answer["answer_start"]):
                         raise ValueError(f"the document does not have the answer {answer} where it says")
                 if answers or not options.answerable_only:
-                    question = clean(qa["question"])
-                    found = {"document": number, "context": context, "question": question, "answers": answers}
-                    questions.append(found)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            sys.exit(f"{source}, row {number}: no document with questions and answers ({error!r})")
+                    question = {"document": number, "context": context, "question": clean(qa["question"])}
+                    questions.append(question | {"answers": answers})
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"{source}, line {number}: no document with questions and answers ({error!r})")
     return questions or sys.exit(f"{source}: no questions")
 
 
@@ -103,24 +102,25 @@ def answer_text(context: str, begin: int, end: int) -> str:
     return context[begin:end].strip()
 
 
-def words(text: str) -> list[str]:
-    """As SQuAD compares them: in lower case, without punctuation and articles."""
+def words(text: str | None) -> list[str | None]:
+    """As SQuAD compares them: in lower case, without punctuation and articles. That there is no answer is a word, too."""
+    if text is None:
+        return [None]
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def f1(made: list[str] | None, wanted: list[str] | None) -> float:
-    if not made or not wanted:
-        return float(made == wanted)
-    return 2 * (Counter(made) & Counter(wanted)).total() / (len(made) + len(wanted))
+def f1(made: list[str | None], wanted: list[str | None]) -> float:
+    return float(made == wanted) or 2 * (Counter(made) & Counter(wanted)).total() / (len(made) + len(wanted))
 
 
 def scores(references: list[list[str]], predictions: list[str | None]) -> dict[str, float]:
     """Exact match and F1 of words, by the answer that fits best; None is right where there is no answer."""
-    found = [None if made is None else words(made) for made in predictions]
-    pairs = list(zip(found, ([*map(words, texts)] or [None] for texts in references), strict=True))
-    exact = [made in texts for made, texts in pairs]
-    overlap = [max(f1(made, text) for text in texts) for made, texts in pairs]
+    exact, overlap = [], []
+    for texts, made in zip(references, map(words, predictions), strict=True):
+        wanted = [words(text) for text in texts or [None]]
+        exact.append(made in wanted)
+        overlap.append(max(f1(made, answer) for answer in wanted))
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
@@ -132,7 +132,8 @@ def best_span(starts: np.ndarray, ends: np.ndarray, longest: int) -> tuple[float
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__.split("\n\n")[0])
+    parser.usage = "%(prog)s --train FILE --test FILE --output_dir DIRECTORY [--OPTION VALUE ...]"
     parser.set_defaults(
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True, learning_rate=3e-4, per_device_train_batch_size=4,
@@ -151,9 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         validation = load(options.validation, options)
 
-    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
-    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
-    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
+    checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
+    print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
     path = checkpoint or options.model
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             for start, end in [pair for pair in found if pair][:1]:
                 features.append(inputs | {"start_positions": start, "end_positions": end})
         print(f"{len(features)} of {len(rows)} questions; the answers to the others are beyond {length} tokens")
-        return Dataset.from_list(features)
+        return Dataset.from_list(features) if features else sys.exit("no question to learn from: raise --max_length")
 
     trainer = transformers.Trainer(
         model=model, args=training, train_dataset=learnable(train), eval_dataset=learnable(validation),
@@ -204,4 +206,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on from the last checkpoint")

@@ -4,17 +4,19 @@
     python examples/classify.py --train train.jsonl --test test.csv --output_dir runs/topics
     python examples/classify.py --train stanfordnlp/imdb:train --test stanfordnlp/imdb:test --bf16 --output_dir runs/imdb
 
-The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
-is started again. Needs `pip install ".[fine-tuning]"`.
+The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
+checkpoint when it is started again. Needs `pip install ".[fine-tuning]"`.
 """
 
 import csv
-import gzip
 import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 import transformers
@@ -26,9 +28,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 @dataclass
 class Options:
-    train: str = HfArg(
-        help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
-    )
+    train: str = HfArg(help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT, NAME:SUBSET:SPLIT)")
     test: str = HfArg(help="the same, to score the best model on")
     validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     text_field: str = HfArg(default="text", help="name of the text in a row")
@@ -38,54 +38,55 @@ class Options:
     patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
 
 
-def read(source: str, label_field: str) -> list[tuple[str, dict | str]]:
-    """The place of each row, and the row or its JSON."""
-    name = source.lower().removesuffix(".gz")
-    if not name.endswith((".jsonl", ".json", ".csv", ".tsv")):
+def read(source: str, label_field: str) -> Iterator[tuple[int, dict | str]]:
+    """The numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
+    kind = source.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("json", "jsonl", "csv", "tsv"):
         data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
         feature = data.features.get(label_field)
         to_name = getattr(getattr(feature, "feature", feature), "int2str", lambda label: label)
-        return [(f"row {i}", row | {label_field: to_name(row.get(label_field))}) for i, row in enumerate(data)]
-    with (open if name == source.lower() else gzip.open)(source, "rt", encoding="utf-8-sig", newline="") as file:
-        if name.endswith((".jsonl", ".json")):
-            return [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
+        yield from enumerate((row | {label_field: to_name(row.get(label_field))} for row in data), start=1)
+        return
+    with fsspec.open(source, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        if kind.startswith("json"):
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            return
         csv.field_size_limit(2**31 - 1)  # a document is longer than the default
-        table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
-        try:
-            return [(f"line {table.line_num}", row) for row in table]
-        except csv.Error as error:
-            sys.exit(f"{source}, line {table.line_num}: {error}")
+        yield from ((table.line_num, row) for row in table)
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of a text and of a label, which is a string, or of a list of labels."""
-    rows = []
-    for place, row in read(source, options.label_field):
-        try:
+    """Rows of a text and its label or labels, as strings. What would be read wrongly is refused with its line."""
+    rows, number = [], 1
+    try:
+        for number, row in read(source, options.label_field):
             row = json.loads(row) if isinstance(row, str) else row
             text, label = row[options.text_field], row[options.label_field]
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            sys.exit(f"{source}, {place}: no row of a text and a label ({error!r})")
-        labels = label if isinstance(label, list) else [label]
-        if None in row:
-            sys.exit(f"{source}, {place}: more fields than line 1 has; a field with commas has to be in double quotes")
-        if not all(isinstance(each, str | int) and each != "" for each in labels) or len(set(labels)) < len(labels):
-            sys.exit(f"{source}, {place}: {label!r} is not a label (string, integer), nor a list of them, each once")
-        if isinstance(label, str) and label[0] + label[-1] == "[]":
-            sys.exit(f"{source}, {place}: {label} would be a single label; lists of labels need JSON lines")
-        rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
+            text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # half a surrogate pair is no character
+            if None in row:
+                sys.exit(f"{source}, line {number}: more fields than line 1; put a field with commas in double quotes")
+            labels = label if isinstance(label, list) else [label]
+            names = {str(each) for each in labels if isinstance(each, str | int)}
+            if len(names) < len(labels) or any(re.fullmatch(r"(\[.*])?", name) for name in names):
+                sys.exit(f"{source}, line {number}: {label!r} is not a label (in JSON lines, or a list of them)")
+            rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
+    except csv.Error as error:
+        sys.exit(f"{source}, after line {number}: {error}")
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"{source}, line {number}: no text and label, as --help shows them ({error!r})")
     return rows or sys.exit(f"{source}: no rows")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__.split("\n\n")[0])
+    parser.usage = "%(prog)s --train FILE --test FILE --output_dir DIRECTORY [--OPTION VALUE ...]"
     parser.set_defaults(
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="macro_f1", restore_callback_states_from_checkpoint=True, learning_rate=1e-4, per_device_train_batch_size=4,
-        per_device_eval_batch_size=4, logging_steps=10, report_to="none",
+        metric_for_best_model="macro_f1", restore_callback_states_from_checkpoint=True, learning_rate=1e-4,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, logging_steps=10, report_to="none",
     )  # fmt: skip
     options, training = parser.parse_args_into_dataclasses(argv)
     output = Path(training.output_dir)
@@ -101,9 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     if len({type(label) for label in labels}) > 1 or len(names) < 2 or (several and names == ["0", "1"]):
         sys.exit(f"two labels or more are wanted, a list in each row or in none, no vectors of 0 and 1; found {names}")
 
-    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
-    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
-    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
+    checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
+    print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -141,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
-    if (result.predictions == result.predictions[0]).all():
-        print("warning: the model predicts the same for every text: train longer, or with another --learning_rate")
     predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
+    if all(label == predicted[0] for label in predicted):
+        print(f"warning: the model predicts {predicted[0]!r} for every text; try a longer training or another rate")
     pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
     if trainer.is_world_process_zero():
         pairs.to_json(output / "predictions.jsonl")
@@ -152,4 +154,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on from the last checkpoint")

@@ -12,28 +12,19 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 6  # words shown on each side of a masked one
 
 
-class Masked(NamedTuple):
-    """A masked token: its index among the tokens, and the words that may fill it with their probabilities."""
-
-    index: int
-    predictions: list[tuple[str, float]]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("document", type=Path, help="a text file in UTF-8")
-    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id (default: this repository)")
-    parser.add_argument("--top-k", type=int, default=5, help="predictions per masked word (default: 5)")
-    parser.add_argument("--words", type=int, default=5, help="words to mask where the text has no [MASK] (default: 5)")
+    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; its code is run")
+    parser.add_argument("--top-k", type=int, default=5, help="predictions per masked word")
+    parser.add_argument("--words", type=int, default=5, help="words to mask where the text has no [MASK]")
     args = parser.parse_args(argv)
     for name in ("top_k", "words"):
         if getattr(args, name) < 1:
@@ -60,20 +51,6 @@ def contexts(text: str, mask_token: str) -> list[str]:
     ]
 
 
-@torch.no_grad()
-def fill(model, tokenizer, text: str, top_k: int) -> tuple[int, list[Masked]]:
-    """The number of tokens read, and the predictions for each mask among them."""
-    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_position_embeddings)
-    logits = model(**inputs).logits[0]
-    found = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
-    masked = []
-    for index in found:
-        scores, ids = logits[index].softmax(-1).topk(min(top_k, logits.shape[-1]))
-        words = [tokenizer.decode([token_id]).strip() for token_id in ids.tolist()]
-        masked.append(Masked(index, list(zip(words, scores.tolist(), strict=True))))
-    return inputs["input_ids"].shape[1], masked
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     start = time.perf_counter()
@@ -87,13 +64,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fill_mask: cannot read {args.document}: {error}", file=sys.stderr)
         return 1
     progress(f"loading the model from {args.model}")
+    from transformers import pipeline  # takes seconds, which a mistake in the arguments need not wait for
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForMaskedLM.from_pretrained(args.model, trust_remote_code=True).eval()
+        fill_mask = pipeline("fill-mask", model=args.model, trust_remote_code=True)
     except (OSError, ValueError) as error:
         print(f"fill_mask: cannot load --model {args.model}: {error}", file=sys.stderr)
         return 1
 
+    tokenizer, limit = fill_mask.tokenizer, fill_mask.model.config.max_position_embeddings
     answers: list[str] = []
     if tokenizer.mask_token not in text:
         text, answers = mask_words(text, args.words, tokenizer.mask_token)
@@ -101,21 +80,24 @@ def main(argv: list[str] | None = None) -> int:
     if not shown:
         print(f"fill_mask: {args.document} has no {tokenizer.mask_token} and no word to mask", file=sys.stderr)
         return 1
-    length = len(tokenizer(text, verbose=False)["input_ids"])
-    progress(f"reading {min(length, model.config.max_position_embeddings):,} of {length:,} tokens")
+    cut = {"truncation": True, "max_length": limit}
+    ids, length = tokenizer(text, **cut)["input_ids"], len(tokenizer(text, verbose=False)["input_ids"])
+    masked = [place for place, token in enumerate(ids, start=1) if token == tokenizer.mask_token_id]
+    progress(f"reading {len(ids):,} of {length:,} tokens")
     began = time.perf_counter()
-    read, masked = fill(model, tokenizer, text, args.top_k)
+    guesses = fill_mask(text, top_k=args.top_k, tokenizer_kwargs=cut) if masked else []
     seconds = time.perf_counter() - began
     progress("done")
 
-    print(f"{args.document.name}: {read:,} tokens in one pass, {seconds:.2f} s, {len(masked)} masked")
+    print(f"{args.document.name}: {len(ids):,} tokens in one pass, {seconds:.2f} s, {len(masked)} masked")
+    guesses = [guesses] if len(masked) == 1 else guesses  # of a single mask they are no list of lists
     for number, (place, context) in enumerate(zip(masked, shown, strict=False)):
-        print(f"\ntoken {place.index + 1:,}: ... {context} ...")
+        print(f"\ntoken {place:,}: ... {context} ...")
         if answers:
             print(f"    masked word: {answers[number]}")
-        print("    " + "   ".join(f"{word} {score:.1%}" for word, score in place.predictions))
+        print("    " + "   ".join(f"{guess['token_str'].strip()} {guess['score']:.1%}" for guess in guesses[number]))
     if len(masked) < len(shown):
-        print(f"\n{len(shown) - len(masked)} more masks lie beyond the {read:,} tokens that the model reads.")
+        print(f"\n{len(shown) - len(masked)} more masks lie beyond the {len(ids):,} tokens that the model reads.")
     return 0
 
 

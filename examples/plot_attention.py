@@ -1,6 +1,6 @@
 """Draw what the tokens of a text attend to: the pattern, and one layer's effective attention map.
 
-    python examples/plot_attention.py examples/long_document.txt --output attn.png
+    python examples/plot_attention.py examples/long_document.txt
 
 The map has a weight for every pair of tokens, also where the model attended to a mean of several: such a weight is
 spread over the tokens that it stands for. Needs matplotlib (`pip install ".[plot]"`).
@@ -25,27 +25,43 @@ KINDS = {"not attended to": "#f4f4f4", "local": "#3b75af", "sparse": "#ef8636", 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("document", type=Path, help="a text file in UTF-8")
-    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id (default: this repository)")
-    parser.add_argument("--output", type=Path, default=Path("attn.png"), help="picture to write (default: attn.png)")
-    parser.add_argument("--tokens", type=int, default=160, help="how much of the text to read (default: 160)")
-    parser.add_argument("--layer", type=int, default=-1, help="layer, from 0, or from the end (default: -1)")
-    parser.add_argument("--head", type=int, default=0, help="attention head, from 0 (default: 0)")
+    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; its code is run")
+    parser.add_argument("--output", type=Path, default=Path("attention.png"), help="picture to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    parser.add_argument("--tokens", type=int, default=160, help="how much of the text to read")
+    parser.add_argument("--layer", type=int, default=-1, help="layer, from 0, or from the end")
+    parser.add_argument("--head", type=int, default=0, help="attention head, from 0, or from the end")
     # Small blocks by default: the pattern of 128-token blocks would need a larger picture.
-    parser.add_argument("--block-size", type=int, default=16, help="tokens per block (default: 16)")
-    parser.add_argument("--sparse-block-size", type=int, default=16, help="sparse tokens per side (default: 16)")
-    parser.add_argument("--sparsity-factor", type=int, default=4, help="tokens per sparse token (default: 4)")
-    parser.add_argument("--sparsity-type", default="norm", help="selection of the sparse tokens (default: norm)")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per block")
+    parser.add_argument("--sparse-block-size", type=int, default=16, help="sparse tokens per side")
+    parser.add_argument("--sparsity-factor", type=int, default=4, help="tokens per sparse token")
+    parser.add_argument("--sparsity-type", default="norm", help="selection of the sparse tokens")
     args = parser.parse_args(argv)
     if args.tokens < 1:
         parser.error(f"--tokens must be at least 1, got {args.tokens}")
+    if args.output.exists() and not args.overwrite:
+        parser.error(f"{args.output} is there already; name another --output, or replace it with --overwrite")
     return args
 
 
+def describe(kind: str, index: int, count: int) -> str:
+    """One of `count` layers or heads in words.
+
+    Raises:
+        ValueError: there is none with this index.
+    """
+    if not -count <= index < count:
+        raise ValueError(f"--{kind} {index}: the model has {count} {kind}s, 0 to {count - 1}")
+    return {0: f"first {kind}", count - 1: f"last {kind}"}.get(index % count, f"{kind} {index % count} (from 0)")
+
+
 @torch.no_grad()
-def attention_map(args: argparse.Namespace, text: str) -> tuple[Tensor, int]:
-    """One head's effective map (globals + tokens, globals + tokens), and the number of globals."""
+def attention_map(args: argparse.Namespace, text: str) -> tuple[Tensor, int, str]:
+    """One head's effective map (globals + tokens, globals + tokens), the number of globals, and which head it is."""
     pattern = {name: getattr(args, name) for name in ("block_size", "sparse_block_size", "sparsity_factor")}
     model = AutoModelForMaskedLM.from_pretrained(
         args.model, trust_remote_code=True, sparsity_type=args.sparsity_type, **pattern
@@ -53,7 +69,8 @@ def attention_map(args: argparse.Namespace, text: str) -> tuple[Tensor, int]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=args.tokens)
     maps = model(**inputs, output_attentions=True).attentions
-    return maps[args.layer][0, args.head], model.config.num_global_tokens
+    which = f"{describe('layer', args.layer, len(maps))}, {describe('head', args.head, maps[0].shape[1])}"
+    return maps[args.layer][0, args.head], model.config.num_global_tokens, which
 
 
 def kinds_of_keys(weights: Tensor, num_globals: int, block_size: int) -> Tensor:
@@ -90,14 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         text = args.document.read_text(encoding="utf-8")
-        weights, num_globals = attention_map(args, text)
+        weights, num_globals, which = attention_map(args, text)
         kinds = kinds_of_keys(weights, num_globals, args.block_size)
-        title = f'Effective attention map, layer {args.layer}, head {args.head}, "{args.sparsity_type}"'
-        draw(weights, kinds, title, args.output)
-    except (OSError, ValueError, IndexError) as error:
+        draw(weights, kinds, f'Effective attention map, {which}, "{args.sparsity_type}"', args.output)
+    except (OSError, ValueError) as error:
         print(f"plot_attention: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output}: {len(weights) - num_globals} tokens, {num_globals} global")
+    print(f"{args.output}: {which}; {len(weights) - num_globals} tokens, {num_globals} global")
     return 0
 
 

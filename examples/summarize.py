@@ -5,18 +5,20 @@
     python examples/summarize.py --train ccdv/arxiv-summarization:train --test ccdv/arxiv-summarization:test --bf16 \\
         --document_field article --summary_field abstract --max_target_length 256 --output_dir runs/arxiv
 
-The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
-is started again. Needs `pip install ".[summarization]"`.
+The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
+checkpoint when it is started again. Needs `pip install ".[summarization]"`.
 """
 
 import csv
 import functools
-import gzip
 import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 import transformers
@@ -31,9 +33,7 @@ rouge = functools.cache(RougeScorer(ROUGE, use_stemmer=True).score)  # a study s
 
 @dataclass
 class Options:
-    train: str = HfArg(
-        help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)"
-    )
+    train: str = HfArg(help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT, NAME:SUBSET:SPLIT)")
     test: str = HfArg(help="the same, to score the best model on")
     validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
     document_field: str = HfArg(default="document", help="name of the document in a row")
@@ -46,38 +46,38 @@ class Options:
     patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
 
 
-def read(source: str) -> list[tuple[str, dict | str]]:
-    """The place of each row, and the row or its JSON."""
-    name = source.lower().removesuffix(".gz")
-    if not name.endswith((".jsonl", ".json", ".csv", ".tsv")):
-        data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
-        return [(f"row {i}", row) for i, row in enumerate(data)]
-    with (open if name == source.lower() else gzip.open)(source, "rt", encoding="utf-8-sig", newline="") as file:
-        if name.endswith((".jsonl", ".json")):
-            return [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
+def read(source: str) -> Iterator[tuple[int, dict | str]]:
+    """The numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
+    kind = source.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("json", "jsonl", "csv", "tsv"):
+        yield from enumerate(load_dataset(*source.split(":")[:-1], split=source.split(":")[-1]), start=1)
+        return
+    with fsspec.open(source, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        if kind.startswith("json"):
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            return
         csv.field_size_limit(2**31 - 1)  # a document is longer than the default
-        table = csv.DictReader(file, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
+        table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
-        try:
-            return [(f"line {table.line_num}", row) for row in table]
-        except csv.Error as error:
-            sys.exit(f"{source}, line {table.line_num}: {error}")
+        yield from ((table.line_num, row) for row in table)
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of a document and its summary."""
-    rows = []
-    for place, row in read(source):
-        try:
+    """Rows of a document and its summary. What would be read wrongly is refused with its line."""
+    rows, number = [], 1
+    try:
+        for number, row in read(source):
             row = json.loads(row) if isinstance(row, str) else row
             pair = row[options.document_field], row[options.summary_field]
-            pair = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in pair]
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            sys.exit(f"{source}, {place}: no row of a document and a summary ({error!r})")
-        if None in row or not all(map(str.strip, pair)):
-            sys.exit(f"{source}, {place}: more fields than line 1 has (quote those with commas), or an empty text")
-        rows.append({"document": pair[0], "summary": pair[1]})
+            document, summary = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in pair)  # halves of pairs
+            if None in row or not document.strip() or not summary.strip():
+                sys.exit(f"{source}, line {number}: more fields than line 1 (quote any with commas), or an empty text")
+            rows.append({"document": document, "summary": summary})
+    except csv.Error as error:
+        sys.exit(f"{source}, after line {number}: {error}")
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"{source}, line {number}: no document and summary, as --help shows them ({error!r})")
     return rows or sys.exit(f"{source}: no rows")
 
 
@@ -88,7 +88,8 @@ def scores(references: list[str], predictions: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Options, transformers.Seq2SeqTrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Options, transformers.Seq2SeqTrainingArguments), description=__doc__.split("\n\n")[0])
+    parser.usage = "%(prog)s --train FILE --test FILE --output_dir DIRECTORY [--OPTION VALUE ...]"
     parser.set_defaults(
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True, learning_rate=3e-4, per_device_train_batch_size=4,
@@ -103,9 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load(options.validation, options) if options.validation else None
     train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
 
-    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
-    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
-    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
+    checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
+    print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new cross-attention
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint or options.model, trust_remote_code=True)
@@ -151,4 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on from the last checkpoint")

@@ -5,17 +5,17 @@
     python examples/tag_tokens.py --train eriktks/conll2003:train --test eriktks/conll2003:test --tags_field ner_tags \\
         --bf16 --output_dir runs/conll
 
-The directory gets the best model, its scores and predictions.jsonl. A killed run goes on from its last checkpoint when it
-is started again. Needs `pip install ".[fine-tuning]"`.
+The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
+checkpoint when it is started again. Needs `pip install ".[fine-tuning]"`.
 """
 
-import gzip
 import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 import transformers
@@ -38,27 +38,25 @@ class Options:
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of words and their tags."""
-    if source.lower().endswith((".jsonl", ".json", ".gz")):
-        with (gzip.open if source.lower().endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as file:
-            found = [(f"line {i}", line) for i, line in enumerate(file, start=1) if line.strip()]
-    else:
-        data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
-        to_names = getattr(getattr(data.features[options.tags_field], "feature", None), "int2str", list)
-        rows = [row | {options.tags_field: to_names(row[options.tags_field])} for row in data]
-        found = [(f"row {i}", row) for i, row in enumerate(rows)]
-    rows = []
-    for place, row in found:
-        try:
+    """Rows of words and their tags, of a JSON lines file or a split on the Hub. Others are refused with their line."""
+    rows, number = [], 1
+    try:
+        if source.lower().endswith((".jsonl", ".json", ".gz")):
+            with fsspec.open(source, "rt", encoding="utf-8-sig", compression="infer") as file:
+                found = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+        else:
+            data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
+            to_names = getattr(getattr(data.features[options.tags_field], "feature", None), "int2str", list)
+            found = enumerate((row | {options.tags_field: to_names(row[options.tags_field])} for row in data), start=1)
+        for number, row in found:
             row = json.loads(row) if isinstance(row, str) else row
-            words = [word.encode("utf-16", "surrogatepass") for word in row[options.tokens_field]]
-            words = [word.decode("utf-16", "replace") for word in words]  # halves of surrogate pairs are no text
+            words = [re.sub("[\ud800-\udfff]", "\ufffd", word) for word in row[options.tokens_field]]
             tags = [re.fullmatch("O|[BI]-.+", tag).group() for tag in row[options.tags_field]]
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            sys.exit(f"{source}, {place}: not a list of words and one of tags (O, B-TYPE, I-TYPE): {error!r}")
-        if not 0 < len(words) == len(tags):
-            sys.exit(f"{source}, {place}: {len(words)} words and {len(tags)} tags; each word needs a tag")
-        rows.append({"words": words, "tags": tags})
+            if not 0 < len(words) == len(tags):
+                sys.exit(f"{source}, line {number}: {len(words)} words and {len(tags)} tags; each word needs a tag")
+            rows.append({"words": words, "tags": tags})
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"{source}, line {number}: not a list of words and one of tags (O, B-TYPE, I-TYPE): {error!r}")
     return rows or sys.exit(f"{source}: no rows")
 
 
@@ -87,7 +85,8 @@ def scores(references: list[list[str]], predictions: list[list[str]]) -> dict[st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Options, transformers.TrainingArguments), description=__doc__.split("\n\n")[0])
+    parser.usage = "%(prog)s --train FILE --test FILE --output_dir DIRECTORY [--OPTION VALUE ...]"
     parser.set_defaults(
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True, learning_rate=3e-4, per_device_train_batch_size=4,
@@ -106,9 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("no row has an entity: all tags are O, and some are to be B-TYPE and I-TYPE")
     names = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
-    saved = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.read_text().endswith("}\n")]
-    checkpoint = max((str(path.parent) for path in saved), key=lambda path: int(path.rpartition("-")[2]), default=None)
-    print(f"resuming from {checkpoint}" if checkpoint else "training from the start")
+    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
+    checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
+    print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     transformers.set_seed(training.seed)  # for the weights of the new head
     model = transformers.AutoModelForTokenClassification.from_pretrained(
@@ -130,9 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         return Dataset.from_list(features)
 
     data = [encode(rows) for rows in (train, validation, test)]
-    print(
-        f"{len(train)} rows to train on, as {len(data[0])} texts of up to {length} tokens; entities: {', '.join(types)}"
-    )
+    print(f"{len(train)} rows to train on, as {len(data[0])} texts of up to {length} tokens; types: {types}")
     trainer = transformers.Trainer(
         model=model, args=training, train_dataset=data[0], eval_dataset=data[1],
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
@@ -165,4 +163,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on from the last checkpoint")

@@ -35,8 +35,10 @@ def format_predictions(predictions: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id (default: this repository)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; its code is run")
     model = parser.parse_args(argv).model
     try:
         texts = widget_texts(model)

@@ -109,9 +109,10 @@ BAD = {
     "an unquoted comma in each row": ("rows.csv", b"text,label\na,b,x\nb,c,y\n", "in double quotes"),
     "a row behind a line break": ("rows.csv", b'text,label\n"a\nb",x\nb,c,y\n', "line 4: more fields"),
     "a missing field": ("rows.csv", b"text,label\na\n", "line 2"),
-    "a quote that is not closed": ("rows.csv", b'text,label\n"a,x\nb,y\n', "unexpected end of data"),
+    "a quote that is not closed": ("rows.csv", b'text,label\nb,y\n"a,x\nb,y\n', "after line 2: unexpected end of data"),
+    "text behind a quote": ("rows.csv", b'text,label\na,x\n"b" c,y\n', "after line 2: ',' expected"),
     "a column named twice": ("rows.csv", b"text,label,label\na,x,y\n", "line 1: a column is named twice"),
-    "a list in a table": ("rows.csv", b'text,label\na,"[""x"", ""y""]"\n', "line 2: [\"x\", \"y\"] would be a single label"),
+    "a list in a table": ("rows.csv", b'text,label\na,"[""x"", ""y""]"\n', "line 2: '[\"x\", \"y\"]' is not a label (in JSON lines, or a list of them)"),
     "a vector": ("rows.jsonl", b'{"text": "a", "label": [1, 0, 0]}\n', "line 1: [1, 0, 0] is not a label"),
     "no label": ("rows.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2"),
     "an empty label": ("rows.jsonl", b'{"text": "a", "label": ""}\n', "line 1: '' is not a label"),
@@ -120,6 +121,7 @@ BAD = {
     "no JSON": ("rows.jsonl", b'{"text": "a", "label": "x"}\n{"text\n', "line 2"),
     "no object": ("rows.jsonl", b"[1]\n", "line 1"),
     "an empty file": ("rows.csv", b"", "no rows"),
+    "no file": ("rows.csv", None, "No such file"),
 }  # fmt: skip
 
 
@@ -266,7 +268,7 @@ def test_rows_of_questions_are_the_same_as_rows_of_documents(tmp_path):
     ids=str,
 )
 def test_questions_that_do_not_fit_are_refused(tmp_path, capsys, row):
-    assert "row 1" in refusal(answer_questions, tmp_path / "rows.jsonl", json.dumps(row).encode(), capsys)
+    assert "line 1" in refusal(answer_questions, tmp_path / "rows.jsonl", json.dumps(row).encode(), capsys)
 
 
 @pytest.mark.parametrize(

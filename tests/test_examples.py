@@ -1,5 +1,8 @@
 """The example scripts, run as a new user runs them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AlbertForMaskedLM, AutoTokenizer
@@ -64,6 +67,15 @@ def test_fill_mask_refuses_a_text_with_nothing_to_fill(fill_mask, repository, tm
     assert "no word to mask" in capsys.readouterr().err
 
 
+def test_fill_mask_checks_its_arguments_before_it_imports_torch():
+    """Which takes seconds."""
+    code = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
+    for arguments, message in (["no such file"], "cannot read no such file"), (["x", "--words", "0"], "at least 1"):
+        command = [sys.executable, "-c", code, str(ROOT / "examples" / "fill_mask.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_fill_mask_names_what_it_cannot_read(fill_mask, repository, tmp_path, capsys):
     assert fill_mask.main([str(tmp_path / "none.txt")]) == 1
     assert "cannot read" in capsys.readouterr().err
@@ -94,7 +106,7 @@ def test_the_long_document_is_long_and_has_its_masks():
     assert ids.count(4) == 5 and max(i for i, token in enumerate(ids) if token == 4) > 3000
 
 
-def test_plot_attention_draws_every_kind_of_key(repository, tmp_path):
+def test_plot_attention_draws_every_kind_of_key(repository, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plot_attention = example("plot_attention")
     path = document(tmp_path, "The ship left the harbour in the morning. " * 40)
@@ -102,10 +114,24 @@ def test_plot_attention_draws_every_kind_of_key(repository, tmp_path):
     command = [str(path), "--model", str(repository), "--output", str(output)]
     assert plot_attention.main(command) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
-    weights, num_globals = plot_attention.attention_map(plot_attention.parse_args(command), path.read_text())
+    assert "last layer, first head" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plot_attention.main(command)
+    assert "attn.png is there already" in capsys.readouterr().err
+    command.append("--overwrite")
+    weights, num_globals, which = plot_attention.attention_map(
+        plot_attention.parse_args([*command, "--layer", "0", "--head", "2"]), path.read_text()
+    )
+    assert which == "first layer, head 2 (from 0)"
     kinds = plot_attention.kinds_of_keys(weights, num_globals, 16)
     assert set(kinds.unique().tolist()) == {0, 1, 2, 3}
     assert plot_attention.main([*command, "--layer", "99"]) == 1
+    assert "--layer 99: the model has 2 layers, 0 to 1" in capsys.readouterr().err
+
+
+def test_plot_attention_leaves_the_repositorys_picture_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert example("plot_attention").parse_args(["document.txt"]).output.name != "attn.png"
 
 
 def test_fill_mask_reads_a_held_out_article_of_more_than_three_thousand_tokens(fill_mask, shared, tmp_path, capsys):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Trainer
 
 from conftest import ROOT
 from experiments import baselines, cross_attention_init, study
-from helpers import write_repository
+from helpers import example, write_repository
 from lsg_albert import LSGAlbertForMaskedLM
 from pretraining import extrapolation, pretrain_mlm, train_tokenizer
 from test_training_examples import LENGTH, RECIPE, kill_at, make_rows, scripts, write_rows
@@ -118,6 +118,9 @@ COMMANDS = {
     "pretrain_mlm": pretrain_mlm.parse_args,
     "train_tokenizer": train_tokenizer.parse_args,
     "extrapolation": extrapolation.parse_args,
+    "fill_mask": lambda argv: example("fill_mask").parse_args(argv),
+    "plot_attention": lambda argv: example("plot_attention").parse_args(argv),
+    "widget": lambda argv: example("widget").main(argv),
 }
 
 
