@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         LSGAlbertPreTrainedModel,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LSGAlbertConfig",
     "LSGAlbertForConditionalGeneration",

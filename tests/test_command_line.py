@@ -252,18 +252,11 @@ def test_from_the_hub_and_to_the_hub(source, target, tmp_path, installed):
     ]
 
 
-def readme_section():
-    readme = ROOT / "README.md"
-    heading = "Convert an ALBERT checkpoint"
-    found = re.search(rf"^(#+) {heading}\n(.*?)(?=^\1 |\Z)", readme.read_text(), re.MULTILINE | re.DOTALL)
-    if not found:
-        pytest.skip(f"README.md has no section {heading!r}")
-    return found[2]
+CONVERSION_PAGE = (ROOT / "conversion" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_readme_runs_as_written_on_a_local_source(masked_lm, tmp_path, installed, monkeypatch):
-    section = readme_section()
+def test_the_page_runs_as_written_on_a_local_source(masked_lm, tmp_path, installed, monkeypatch):
     scripts = tmp_path / "bin"
     scripts.mkdir()
     script = scripts / "lsg-albert"
@@ -274,7 +267,7 @@ def test_the_readme_runs_as_written_on_a_local_source(masked_lm, tmp_path, insta
     environment = {
         **os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    blocks = re.findall(r"```(bash|py)\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```(bash|py)\n(.*?)```", CONVERSION_PAGE, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["bash", "py", "py"]
     for kind, block in blocks:
         command = ["bash", "-e", "-o", "pipefail", "-c", block] if kind == "bash" else [sys.executable, "-c", block]
@@ -283,13 +276,12 @@ def test_the_readme_runs_as_written_on_a_local_source(masked_lm, tmp_path, insta
     assert LSGAlbertForMaskedLM.from_pretrained(folder / "my-lsg-albert").config.max_position_embeddings == 8192
 
 
-def test_the_readme_lists_the_options(capsys):
-    section = readme_section()
+def test_the_page_lists_the_options(capsys):
     with pytest.raises(SystemExit):
         convert("--help")
     options = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     parameters = {"--" + name.replace("_", "-") for name in LSG_FIELDS}
-    assert len(options) > 20 and options - parameters - set(re.findall(r"`(--[a-z-]+)", section)) == set()
+    assert len(options) > 20 and options - parameters - set(re.findall(r"`(--[a-z-]+)", CONVERSION_PAGE)) == set()
 
 
 @pytest.mark.slow

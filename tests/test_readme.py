@@ -12,6 +12,8 @@ from lsg_albert.configuration_lsg_albert import AUTO_MAP, SPARSITY_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _, CARD_HEAD, BODY = README.split("---\n", 2)
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/usage.md"]
+PAGES += [f"{folder}/README.md" for folder in ("benchmarks", "conversion", "examples", "experiments", "pretraining")]
 
 
 def table_under(heading: str) -> list[list[str]]:
@@ -21,16 +23,21 @@ def table_under(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_python_blocks_run_in_order(monkeypatch):
+def python_blocks(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(("path", "least"), [("README.md", 3), ("docs/usage.md", 4)])
+def test_python_blocks_run_in_order(path, least, monkeypatch):
     if not (ROOT / "model.safetensors").exists():
         pytest.skip("the root has no weights yet")
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", BODY, re.DOTALL)
-    assert len(blocks) >= 4
+    blocks = python_blocks(path)
+    assert len(blocks) >= least
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["outputs"].last_hidden_state.shape[1] == namespace["inputs"]["input_ids"].shape[1] > 1000
+        exec(compile(block, path, "exec"), namespace)
+    assert namespace["inputs"]["input_ids"].shape[1] > 1000
 
 
 def test_card_head_is_what_the_hub_accepts():
@@ -59,8 +66,24 @@ def test_selections_and_heads_are_all_listed():
     assert listed == expected
 
 
-def test_pictures_and_files_that_are_named_exist():
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", BODY):
+def test_the_readme_can_be_read_at_one_sitting():
+    assert len(BODY.split()) <= 2000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_pictures_and_files_that_are_named_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor and not re.fullmatch(r"L\d+", anchor):
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+    for name in re.findall(r"(?:examples|pretraining|benchmarks|experiments|tests)/[\w/]+\.\w+", text):
         assert (ROOT / name).is_file(), name
-    for name in re.findall(r"(?:examples|pretraining|benchmarks|tests)/[\w/]+\.\w+", README):
-        assert (ROOT / name).is_file(), name
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub and the Hub give a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
