@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .lsg_compat import CACHE_NAMES
+from .lsg_pattern import LSGPattern
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +146,7 @@ class LSGAlbertConfig(PretrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
-            Tokens per block. A token sees its own block and one neighbour on each side.
+            Tokens per block. A token sees its own block and the neighbouring ones, see [`LSGPattern`].
         sparse_block_size (`int`, *optional*, defaults to 128):
             Sparse tokens seen on each side of the local window; 0 or `None` switches the sparse part off.
         sparsity_factor (`int`, *optional*, defaults to 2):
@@ -371,25 +372,11 @@ class LSGAlbertConfig(PretrainedConfig):
     def _check_sparsity(self) -> None:
         if self.sparsity_type is not None:
             _check_name("sparsity_type", self.sparsity_type, SPARSITY_TYPES)
-        if not self.is_sparse:
-            return
-        block, window, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
-        if block % factor != 0:
-            raise ValueError(
-                f"`block_size` ({block}) must be divisible by `sparsity_factor` ({factor}); 1, 2, 4, ... up to "
-                "`block_size` work when `block_size` is a power of two."
-            )
-        # These two types cut the text into chunks of `sparse_block_size` tokens when that is below `block_size`.
-        chunked = self.sparsity_type in ("norm", "lsh") and factor > 1 and window < block
-        if chunked and (block % window != 0 or window % factor != 0):
-            raise ValueError(
-                f'`sparse_block_size` ({window}) is below `block_size` ({block}): with `sparsity_type="'
-                f'{self.sparsity_type}"` it must then divide `block_size` and be a multiple of `sparsity_factor` '
-                f'({factor}). Take such a size, one of at least `block_size`, or `sparsity_type="pooling"`.'
-            )
-        if self.sparsity_type in ("stride", "block_stride") and factor > self.num_attention_heads:
+        LSGPattern.from_config(self)  # checks the sizes against each other
+        is_strided = self.is_sparse and self.sparsity_type in ("stride", "block_stride")
+        if is_strided and self.sparsity_factor > self.num_attention_heads:
             logger.warning_once(
-                f"`sparsity_factor` ({factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
+                f"`sparsity_factor` ({self.sparsity_factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
                 f'`sparsity_type="{self.sparsity_type}"` some tokens are then selected by no head.'
             )
 

@@ -22,14 +22,14 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, check_problem_type
-
-# Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
-from .lsg_attention import lsg_attention  # noqa: F401
 from .lsg_chunks import ChunkedAttention  # noqa: F401
 from .lsg_compat import as_encoder_decoder_cache, cached, is_checkpointing
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder, get_activation
 from .lsg_flex import flex_attention_of_blocks  # noqa: F401
+
+# Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
+from .lsg_functional import lsg_attention  # noqa: F401
 from .lsg_gather import key_windows  # noqa: F401
 from .lsg_inputs import check_mask, check_tokens, find_texts
 from .lsg_outputs import (
