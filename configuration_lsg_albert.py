@@ -3,6 +3,7 @@
 `LSGAlbertConfig` has ALBERT's fields and those of the attention pattern, and checks them all when it is created.
 """
 
+import copy
 import difflib
 import inspect
 import math
@@ -379,6 +380,33 @@ class LSGAlbertConfig(PretrainedConfig):
                 f"`sparsity_factor` ({self.sparsity_factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
                 f'`sparsity_type="{self.sparsity_type}"` some tokens are then selected by no head.'
             )
+
+
+def checked_config(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
+    """The configuration itself if it fits an encoder-decoder model (or an encoder), else a copy that fits.
+
+    So each class can be loaded from any checkpoint, whatever class the checkpoint was saved from. All fields are
+    checked, because they may have been set since the configuration was made.
+
+    Raises:
+        ValueError: a field has an impossible value, or the configuration is another model's.
+    """
+    if not hasattr(config, "check_fields"):
+        raise ValueError(
+            f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
+            "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
+            "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
+        )
+    config.check_fields()
+    check_attn_implementation(config._attn_implementation)
+    start_token_id = config.decoder_start_token_id
+    if is_encoder_decoder and start_token_id is None:
+        start_token_id = config.bos_token_id
+    if (config.is_encoder_decoder, config.decoder_start_token_id) == (is_encoder_decoder, start_token_id):
+        return config
+    config = copy.deepcopy(config)
+    config.is_encoder_decoder, config.decoder_start_token_id = is_encoder_decoder, start_token_id
+    return config
 
 
 def check_attn_implementation(name: str | None) -> None:
