@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
 from .lsg_compat import GradientCheckpointingLayer
 from .lsg_flex import check_no_dropout
-from .lsg_functional import block_attention, lsg_attention, lsg_attention_map
+from .lsg_functional import block_attention, lsg_attention_map, row_attention
 from .lsg_padding import BlockList, list_blocks
 from .lsg_pattern import LSGPattern
 from .lsg_sparsity import hash_projections
@@ -179,7 +179,7 @@ class LSGAlbertAttention(nn.Module):
             check_no_dropout(dropout)
         maps = []
         if map_size is None:
-            attention = block_attention if isinstance(visible, BlockList) else lsg_attention
+            attention = block_attention if isinstance(visible, BlockList) else row_attention
             context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
         else:
             maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])

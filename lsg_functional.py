@@ -190,6 +190,27 @@ def global_attention(
     return (context / total[..., None]).to(value.dtype)
 
 
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    pattern: LSGPattern,
+    projections: tuple[Tensor, ...] = (),
+    implementation: str = "sdpa",
+    dropout: float = 0.0,
+) -> Tensor:
+    """`lsg_attention` without its checks; arguments as there. In an exported graph, T is a multiple of the block size."""
+    if not is_exported() and (visible.shape[1] <= pattern.full_length or len(query) == 0):  # no rows have no blocks
+        seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
+        bias = visibility_bias(seen_by_all, query.dtype)
+        return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
+    blocks = list_blocks(visible, pattern.block_size)
+    query, key, value = (blocks.pack(x.transpose(1, 2)).transpose(0, 1) for x in (query, key, value))
+    context = block_attention(query, key, value, blocks, pattern, projections, implementation, dropout)
+    return blocks.unpack(context.transpose(0, 1)).transpose(1, 2)
+
+
 def lsg_attention(
     query: Tensor,
     key: Tensor,
@@ -204,8 +225,7 @@ def lsg_attention(
 
     Args:
         query, key: (B, H, G + T, D), floating point: for each row and head, G = `pattern.num_global_tokens` global
-            tokens, then the text. T is at most `pattern.full_length`, or a multiple of the block size. In an exported
-            graph it is always a multiple.
+            tokens, then the text. T is at most `pattern.full_length`, or a multiple of the block size.
         value: (B, H, G + T, E), in the dtype of `query` and `key`.
         visible: (B, T) bool: which text tokens may be attended to; False for padding, which may stand anywhere.
         pattern: which keys a query sees.
@@ -219,21 +239,12 @@ def lsg_attention(
         A hidden token has a context too: it is hidden as a key, not as a query.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it. In an exported graph, nothing
-            is checked.
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
-    if not is_exported():
-        check_arguments(query, key, value, visible, pattern, implementation, dropout)
-    if not is_exported() and visible.shape[1] <= pattern.full_length:
-        seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
-        bias = visibility_bias(seen_by_all, query.dtype)
-        return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
-    if not is_exported():
+    check_arguments(query, key, value, visible, pattern, implementation, dropout)
+    if visible.shape[1] > pattern.full_length:
         check_projections(projections, pattern, key)
-    blocks = list_blocks(visible, pattern.block_size)
-    query, key, value = (blocks.pack(x.transpose(1, 2)).transpose(0, 1) for x in (query, key, value))
-    context = block_attention(query, key, value, blocks, pattern, projections, implementation, dropout)
-    return blocks.unpack(context.transpose(0, 1)).transpose(1, 2)
+    return row_attention(query, key, value, visible, pattern, projections, implementation, dropout)
 
 
 def lsg_attention_map(
@@ -247,7 +258,7 @@ def lsg_attention_map(
     """
     identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
     columns = [
-        lsg_attention(query, key, part.expand(*key.shape[:2], -1, -1), visible, pattern, projections, "eager")
+        row_attention(query, key, part.expand(*key.shape[:2], -1, -1), visible, pattern, projections, "eager")
         for part in ([identity] if is_exported() else identity.split(MAP_COLUMNS, dim=1))
     ]
     return torch.cat(columns, dim=-1)
@@ -275,13 +286,16 @@ def check_arguments(
             raise ValueError(f"`{name}` must have {wanted}, got {x.dtype}.")
     if key.shape != query.shape:
         raise ValueError(f"`key` must have the shape of `query`, {tuple(query.shape)}, got {tuple(key.shape)}.")
-    shape = query.shape[0], query.shape[2] - pattern.num_global_tokens
+    num_globals, num_tokens = pattern.num_global_tokens, query.shape[2]
+    if num_tokens < num_globals:
+        raise ValueError(f"`query` must begin with the {num_globals} global tokens, got {num_tokens} tokens in all.")
+    shape = query.shape[0], num_tokens - num_globals
     if visible.dtype != torch.bool:
         raise ValueError(f"`visible` must be boolean, True for tokens that may be attended to, got {visible.dtype}.")
     if tuple(visible.shape) != shape:
         raise ValueError(
             f"`visible` must have the shape (batch, length) = {shape}, that of `query` without the "
-            f"{pattern.num_global_tokens} global tokens, got {tuple(visible.shape)}."
+            f"{num_globals} global tokens, got {tuple(visible.shape)}."
         )
     length, block_size = visible.shape[1], pattern.block_size
     if length > pattern.full_length and length % block_size:

@@ -196,7 +196,7 @@ def test_a_text_of_many_blocks_is_dense_attention_under_a_mask():
     torch.testing.assert_close(context, expected, rtol=0, atol=1e-12)
 
 
-def test_the_readmes_sizes_are_the_oracles():
+def test_usual_sizes_are_the_oracles():
     pattern = LSGPattern(
         num_global_tokens=1, block_size=128, sparsity_type="norm", sparse_block_size=128, sparsity_factor=4
     )
@@ -224,6 +224,7 @@ def arguments(**changed):
         ({"key": torch.zeros(2, 4, 13, 8).double()}, "`key` must have the dtype of `query`, torch.float32, got torch.float64"),
         ({"value": torch.zeros(2, 1, 13, 8)}, r"`value` must have four dimensions.*got the shape \(2, 1, 13, 8\)"),
         ({"value": torch.zeros(2, 4, 13, 8).half()}, "`value` must have the dtype of `query`, torch.float32, got torch.float16"),
+        ({"pattern": LSGPattern(20, 4)}, "`query` must begin with the 20 global tokens, got 13 tokens in all"),
         ({"visible": torch.ones(2, 12)}, "`visible` must be boolean.*got torch.float32"),
         ({"visible": torch.ones(2, 13, dtype=torch.bool)}, r"`visible` must have the shape \(batch, length\) = \(2, 12\)"),
         ({"visible": torch.ones(2, 1, 12, dtype=torch.bool)}, r"`visible` must have the shape.*got \(2, 1, 12\)"),
@@ -239,6 +240,13 @@ def test_arguments_that_do_not_fit_are_named(changed, message):
     assert lsg_attention(**arguments()).shape == (2, 4, 13, 8)
     with pytest.raises(ValueError, match=message):
         lsg_attention(**arguments(**changed))
+
+
+def test_a_batch_without_rows_has_an_empty_context():
+    for length in (8, 12):
+        query, key, value = torch.zeros(3, 0, 4, 1 + length, 8)
+        visible = torch.ones(0, length, dtype=torch.bool)
+        assert lsg_attention(query, key, value, visible, LSGPattern(1, 4, "norm", 4, 2)).shape == query.shape
 
 
 def test_values_may_have_another_width():
