@@ -5,13 +5,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import EncoderDecoderCache, GenerationConfig
-from transformers.utils import ModelOutput
+from transformers import EncoderDecoderCache, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import LSGAlbertConfig
-from .lsg_compat import as_encoder_decoder_cache, find_cache
+from .lsg_compat import as_encoder_decoder_cache, find_cache, is_checkpointing
 from .lsg_inputs import check_mask, check_tokens
 from .lsg_outputs import LSGAlbertModelOutput
+
+logger = logging.get_logger(__name__)
 
 # Of the arguments that `generate` passes from step to step, those that `forward` gets. `forward` refuses the last one.
 DECODING_ARGUMENTS = (
@@ -38,6 +40,18 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
         input_ids = input_ids[:, -max(1, num_new) :].contiguous()
     needed = {name: arguments[name] for name in DECODING_ARGUMENTS if name in arguments}
     return {**needed, "decoder_input_ids": input_ids, "cache": cache}
+
+
+def returns_cache(model: PreTrainedModel, use_cache: bool | None, labels: Tensor | None) -> bool:
+    """Whether a forward pass returns the cache: as asked for or, with None, as the model's config says.
+
+    It never does with labels, or in training with gradient checkpointing.
+    """
+    use_cache = (model.config.use_cache if use_cache is None else use_cache) and labels is None
+    if use_cache and model.training and is_checkpointing(model):
+        logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
+        return False
+    return use_cache
 
 
 def chosen_cache(cache: Any, past_key_values: Any, use_cache: bool) -> EncoderDecoderCache | None:

@@ -17,12 +17,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 # Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, checked_config
 from .lsg_chunks import ChunkedAttention  # noqa: F401
-from .lsg_compat import cached, is_checkpointing
+from .lsg_compat import cached
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder
 from .lsg_flex import flex_attention_of_blocks  # noqa: F401
@@ -58,12 +58,11 @@ from .lsg_seq2seq import (
     default_decoder_text,
     encoder_keys,
     fill_in_token_ids,
+    returns_cache,
 )
 from .lsg_softmax import ATTENTION_FUNCTIONS  # noqa: F401
 from .lsg_sparsity import select_sparse_tokens  # noqa: F401
 from .lsg_tracing import is_traced
-
-logger = logging.get_logger(__name__)
 
 
 class LSGAlbertPreTrainedModel(PreTrainedModel):
@@ -477,10 +476,7 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
-        if use_cache and self.training and is_checkpointing(self):
-            logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
-            use_cache = False
+        use_cache = returns_cache(self, use_cache, labels)
         cache = chosen_cache(cache, past_key_values, use_cache)
         cached_states = None if cache is None else cached(cache.cross_attention_cache, 0)
         past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
@@ -707,17 +703,10 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
 # A saved model carries its own code, and its config says where each Auto class finds its model.
 LSGAlbertModel.register_for_auto_class("AutoModel")
-
 LSGAlbertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-
 LSGAlbertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-
 LSGAlbertForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-
 LSGAlbertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
 LSGAlbertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-
 LSGAlbertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-
 LSGAlbertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
