@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_lsg_albert import LSGAlbertConfig
+from ..lsg_pattern import LSGPattern
 from .account import (
     BUFFER,
     DECODER,
@@ -183,10 +184,11 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     usual = {"mask_first_token": True} if (source.folder / MODULES).is_file() else {}
     fields = usual | source.fields
     config = LSGAlbertConfig.from_dict(fields, max_position_embeddings=options.max_length, **options.pattern)
-    if options.max_length < 2 * config.block_size:
+    full_length = LSGPattern.from_config(config).full_length
+    if options.max_length < full_length:
         raise ConversionError(
-            f"`max_length` ({options.max_length}) must be at least two blocks, {2 * config.block_size} tokens: take "
-            f"a longer one, or a `block_size` below {config.block_size}."
+            f"`max_length` ({options.max_length}) must be at least {full_length}, the length up to which all tokens see "
+            f"each other with a `block_size` of {config.block_size}: take a longer one, or a smaller `block_size`."
         )
     family, shapes = source.family, source.weights.shapes
     named = options.architecture or source.architecture or usual_architecture(family, shapes)

@@ -360,7 +360,7 @@ def test_a_source_that_is_not_right_is_named_and_nothing_is_left(source, target,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 255}, r"`max_length` \(255\) must be at least two blocks, 256"),
+        ({"max_length": 255}, r"`max_length` \(255\) must be at least 256"),
         ({"max_length": 0}, "`max_position_embeddings` must be at least 1"),
         ({"global_positional_stride": 7}, "`stride` 7 does not work with 512 positions"),
         ({"architecture": "BertModel"}, "did you mean"),
