@@ -19,10 +19,10 @@ from .account import (
     TIED,
     TWINS,
     Account,
-    account_for,
     base_prefix,
     head_of,
     lsg_architecture,
+    match_tensors,
     part_of,
     target_name,
 )
@@ -195,7 +195,7 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     architecture = lsg_architecture(named, family)
     is_own = options.architecture is None and source.architecture is not None
     heads = [head_of(name, family) for name in (named, source.architecture) if name is not None]
-    account = account_for(shapes, family, architecture, sizes, is_own, heads)
+    account = match_tensors(shapes, family, architecture, sizes, is_own, heads)
     check_activation(source, account)
     global_table, words = (base_prefix(architecture) + table for table in (GLOBAL_TABLE, WORD_TABLE))
     is_lsg = global_table in account.copied
