@@ -27,12 +27,13 @@ BARE = "LSGAlbertModel"  # the class without a head
 BASE_PARTS = ("embeddings", "encoder", "pooler")
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # Second names of one parameter, which files may hold or not; the decoder's weight is one only where it is tied.
-DECODER = "predictions.decoder.weight"
-TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"}
+DECODER, BIAS = "predictions.decoder.weight", "predictions.bias"
+TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": BIAS}
 # Reasons to leave out what is not lost.
 BUFFER = "a buffer that the model makes itself"
 UNUSED = "rows of positions that no text has"
 TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
+OVERRULED = "other values than the second name of the same parameter has"
 
 
 @dataclass(frozen=True)

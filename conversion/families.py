@@ -64,6 +64,13 @@ class Family:
             fields["max_position_embeddings"] = positions - unused
         return fields
 
+    def own_name(self, field: str, config: Mapping[str, Any]) -> str:
+        """The name in a config.json of this family of a field with that name in ALBERT's."""
+        if field == "embedding_size" and not self.shares_layers and field not in {*self.defaults, *config}:
+            field = "hidden_size"  # from which `albert_fields` has it
+        names = {albert_name: name for name, albert_name in self.fields.items()}
+        return field if field in config else names.get(field, field)
+
     def differences_of(self, head: str) -> list[str]:
         """What remains different for a class of the family with that head."""
         own = self.heads.get(head, Head()).difference

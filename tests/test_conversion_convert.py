@@ -273,6 +273,16 @@ def test_what_published_files_hold_beside_the_model_is_kept_or_known(source, tar
     assert torch.equal(load(target, "LSGAlbertModel").pooler.weight, weights["albert.pooler.weight"])
 
 
+def test_of_two_biases_the_decoders_counts_as_in_transformers(source, target):
+    weights = load_file(source / "model.safetensors")
+    weights |= {"predictions.bias": torch.ones(VOCAB_SIZE), "predictions.decoder.bias": torch.full((VOCAB_SIZE,), 2.0)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert_checkpoint(source, target, **SHORT)
+    assert "predictions.bias and predictions.decoder.bias are names of one parameter" in " ".join(report.warnings)
+    assert (AlbertForMaskedLM.from_pretrained(source).predictions.decoder.bias == 2).all()
+    assert (lsg_albert.LSGAlbertForMaskedLM.from_pretrained(target).predictions.bias == 2).all()
+
+
 def damage_config(source, **fields):
     edit_json(source / "config.json", **fields)
 
