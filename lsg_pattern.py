@@ -45,7 +45,8 @@ class LSGPattern:
     Args:
         num_global_tokens: global tokens before the text, at least 1.
         block_size: tokens per block of the text, at least 1.
-        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None for no sparse part.
+        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None or "none" for
+            no sparse part.
         sparse_block_size: sparse tokens that a query sees on each side, at least 1 if there is a sparse part. "norm" and
             "lsh" cut the text into chunks of this size if it is below `block_size`. It must then divide `block_size`
             and be a multiple of `sparsity_factor`.
@@ -66,6 +67,8 @@ class LSGPattern:
     neighbours: int = 1
 
     def __post_init__(self) -> None:
+        if self.sparsity_type == "none":  # the name that a configuration has for it
+            object.__setattr__(self, "sparsity_type", None)
         lowest = {"num_global_tokens": 1, "block_size": 1, "lsh_num_pre_rounds": 0, "neighbours": 1}
         if self.sparsity_type is not None:
             lowest |= {"sparse_block_size": 1, "sparsity_factor": 1}

@@ -48,3 +48,4 @@ def test_a_pattern_that_cannot_be_is_refused(fields, message):
 
 def test_without_a_sparse_part_its_sizes_do_not_matter():
     assert LSGPattern(1, 16, None, sparse_block_size=0, sparsity_factor=3).sparse_ranges == ()
+    assert LSGPattern(1, 16, "none") == LSGPattern(1, 16)
