@@ -1,6 +1,7 @@
 """LSG-ALBERT: ALBERT with local + sparse + global attention, for documents of thousands of tokens.
 
-A class is imported, with torch and transformers, when it is first asked for.
+`lsg_attention` and `LSGPattern` are the attention alone, on plain tensors. A name is imported, with torch and
+transformers, when it is first asked for.
 """
 
 import importlib
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration_lsg_albert import LSGAlbertConfig
+    from .lsg_functional import lsg_attention
+    from .lsg_pattern import LSGPattern
     from .modeling_lsg_albert import (
         LSGAlbertForConditionalGeneration,
         LSGAlbertForMaskedLM,
@@ -32,8 +35,15 @@ __all__ = [
     "LSGAlbertForTokenClassification",
     "LSGAlbertModel",
     "LSGAlbertPreTrainedModel",
+    "LSGPattern",
+    "lsg_attention",
 ]
-_MODULES = {**dict.fromkeys(__all__, "modeling_lsg_albert"), "LSGAlbertConfig": "configuration_lsg_albert"}
+_MODULES = {
+    **dict.fromkeys(__all__, "modeling_lsg_albert"),
+    "LSGAlbertConfig": "configuration_lsg_albert",
+    "LSGPattern": "lsg_pattern",
+    "lsg_attention": "lsg_functional",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 `LSGAlbertConfig` has ALBERT's fields and those of the attention pattern, and checks them all when it is created.
 """
 
+import copy
 import difflib
 import inspect
 import math
@@ -13,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .lsg_compat import CACHE_NAMES
+from .lsg_pattern import LSGPattern
 
 logger = logging.get_logger(__name__)
 
@@ -145,7 +147,7 @@ class LSGAlbertConfig(PretrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
-            Tokens per block. A token sees its own block and one neighbour on each side.
+            Tokens per block. A token sees its own block and the neighbouring ones, see [`LSGPattern`].
         sparse_block_size (`int`, *optional*, defaults to 128):
             Sparse tokens seen on each side of the local window; 0 or `None` switches the sparse part off.
         sparsity_factor (`int`, *optional*, defaults to 2):
@@ -371,27 +373,40 @@ class LSGAlbertConfig(PretrainedConfig):
     def _check_sparsity(self) -> None:
         if self.sparsity_type is not None:
             _check_name("sparsity_type", self.sparsity_type, SPARSITY_TYPES)
-        if not self.is_sparse:
-            return
-        block, window, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
-        if block % factor != 0:
-            raise ValueError(
-                f"`block_size` ({block}) must be divisible by `sparsity_factor` ({factor}); 1, 2, 4, ... up to "
-                "`block_size` work when `block_size` is a power of two."
-            )
-        # These two types cut the text into chunks of `sparse_block_size` tokens when that is below `block_size`.
-        chunked = self.sparsity_type in ("norm", "lsh") and factor > 1 and window < block
-        if chunked and (block % window != 0 or window % factor != 0):
-            raise ValueError(
-                f'`sparse_block_size` ({window}) is below `block_size` ({block}): with `sparsity_type="'
-                f'{self.sparsity_type}"` it must then divide `block_size` and be a multiple of `sparsity_factor` '
-                f'({factor}). Take such a size, one of at least `block_size`, or `sparsity_type="pooling"`.'
-            )
-        if self.sparsity_type in ("stride", "block_stride") and factor > self.num_attention_heads:
+        LSGPattern.from_config(self)  # checks the sizes against each other
+        is_strided = self.is_sparse and self.sparsity_type in ("stride", "block_stride")
+        if is_strided and self.sparsity_factor > self.num_attention_heads:
             logger.warning_once(
-                f"`sparsity_factor` ({factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
+                f"`sparsity_factor` ({self.sparsity_factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
                 f'`sparsity_type="{self.sparsity_type}"` some tokens are then selected by no head.'
             )
+
+
+def checked_config(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
+    """The configuration itself if it fits an encoder-decoder model (or an encoder), else a copy that fits.
+
+    So each class can be loaded from any checkpoint, whatever class the checkpoint was saved from. All fields are
+    checked, because they may have been set since the configuration was made.
+
+    Raises:
+        ValueError: a field has an impossible value, or the configuration is another model's.
+    """
+    if not hasattr(config, "check_fields"):
+        raise ValueError(
+            f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
+            "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
+            "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
+        )
+    config.check_fields()
+    check_attn_implementation(config._attn_implementation)
+    start_token_id = config.decoder_start_token_id
+    if is_encoder_decoder and start_token_id is None:
+        start_token_id = config.bos_token_id
+    if (config.is_encoder_decoder, config.decoder_start_token_id) == (is_encoder_decoder, start_token_id):
+        return config
+    config = copy.deepcopy(config)
+    config.is_encoder_decoder, config.decoder_start_token_id = is_encoder_decoder, start_token_id
+    return config
 
 
 def check_attn_implementation(name: str | None) -> None:

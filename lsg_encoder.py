@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_lsg_albert import MAX_GLOBAL_TOKENS, LSGAlbertConfig, check_attn_implementation
-from .lsg_attention import block_attention, lsg_attention, lsg_attention_map
 from .lsg_compat import GradientCheckpointingLayer
 from .lsg_flex import check_no_dropout
+from .lsg_functional import block_attention, lsg_attention_map, row_attention
 from .lsg_padding import BlockList, list_blocks
 from .lsg_pattern import LSGPattern
 from .lsg_sparsity import hash_projections
@@ -179,7 +179,7 @@ class LSGAlbertAttention(nn.Module):
             check_no_dropout(dropout)
         maps = []
         if map_size is None:
-            attention = block_attention if isinstance(visible, BlockList) else lsg_attention
+            attention = block_attention if isinstance(visible, BlockList) else row_attention
             context = attention(query, key, value, visible, pattern, projections, implementation, dropout)
         else:
             maps.append(lsg_attention_map(query, key, visible, pattern, projections)[..., :map_size, :map_size])
@@ -265,14 +265,7 @@ class LSGAlbertEncoder(nn.Module):
     def __init__(self, config: LSGAlbertConfig, reads_padding: bool = False):
         super().__init__()
         self.config = config
-        self.pattern = LSGPattern(
-            num_global_tokens=config.num_global_tokens,
-            block_size=config.block_size,
-            sparsity_type=config.sparsity_type if config.is_sparse else None,
-            sparse_block_size=config.sparse_block_size or 0,
-            sparsity_factor=config.sparsity_factor,
-            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
-        )
+        self.pattern = LSGPattern.from_config(config)
         self.reads_padding = reads_padding
         self.is_seeded = config.lsh_seed is not None
         if self.is_seeded:
@@ -356,10 +349,11 @@ class LSGAlbertEncoder(nn.Module):
         missing = (length + block_size - 1) // block_size * block_size - length
         if is_exported():  # one graph serves all lengths, so short texts go through blocks too
             return missing
-        missing = missing if length > self.pattern.full_length else 0
+        full_length = self.pattern.full_length
+        missing = missing if length > full_length else 0
         if missing and not self.config.adaptive:
             raise ValueError(
-                f"The length {length} is no multiple of `block_size` ({block_size}) and above two blocks: pad the "
+                f"The length {length} is above {full_length} and no multiple of `block_size` ({block_size}): pad the "
                 "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
             )
         return missing

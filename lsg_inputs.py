@@ -1,16 +1,48 @@
-"""Checks of a model's inputs, and rows that hold several texts.
+"""A model's inputs: checks, rows that hold several texts, batches without rows, several choices.
 
-`DataCollatorWithFlattening` of transformers makes such rows. `PackedTexts` gives each text a row of its own.
+`DataCollatorWithFlattening` of transformers makes rows with several texts. `PackedTexts` gives each text its own row.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .configuration_lsg_albert import LSGAlbertConfig
 from .lsg_tracing import is_traced
+
+Inputs = dict[str, Tensor | None]  # of an encoder, by the names of its arguments
+
+# Other libraries' marks of where the texts of a row begin.
+MARKS_OF_TEXTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+def refuse_marks_of_texts(arguments: Collection[str]) -> None:
+    """Raise `ValueError` if names of arguments are marks of texts that this model does not read."""
+    given = MARKS_OF_TEXTS & set(arguments)
+    if given:
+        raise ValueError(
+            f"`{min(given)}` is not supported: give `position_ids` that begin again at 0 with each text, and no other "
+            "mark of where texts are (`DataCollatorWithFlattening()` as it is by default)."
+        )
+
+
+def check_encoder_inputs(config: LSGAlbertConfig, inputs: Inputs) -> tuple[int, int]:
+    """Check the inputs of an encoder; return their batch size and length.
+
+    Raises:
+        ValueError: an input is missing, given twice, too long or of a wrong shape.
+    """
+    input_ids, inputs_embeds = inputs["input_ids"], inputs["inputs_embeds"]
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    shape = check_tokens(config, input_ids, inputs_embeds)
+    if inputs["attention_mask"] is not None:
+        check_mask("attention_mask", inputs["attention_mask"], shape)
+    return shape
 
 
 def check_tokens(
@@ -102,6 +134,17 @@ class PackedTexts:
         """The reverse: texts (texts, longest, ...) -> rows (batch, length, ...)."""
         return None if x is None else x[self.is_token].unflatten(0, self.shape)
 
+    def unpack_inputs(self, inputs: Inputs) -> Inputs:
+        """The inputs of an encoder with a row for each text."""
+        return {name: self.unpack(x) for name, x in inputs.items()} | {"attention_mask": self.attention_mask}
+
+    def pack_output(self, output: ModelOutput) -> ModelOutput:
+        """The encoder's output for such inputs, with the text's states in the rows again. Changes `output` itself."""
+        output.last_hidden_state = self.pack(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(map(self.pack, output.hidden_states))
+        return output
+
 
 def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask: Tensor | None) -> PackedTexts | None:
     """The texts of rows that hold several texts, or None if each row holds one text.
@@ -144,3 +187,43 @@ def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask
     place = torch.arange(int(length.max()), device=first.device)
     token, is_token = (first + place).clamp(max=begins.numel() - 1), place < length
     return PackedTexts(shape, token, is_token, visible.flatten()[token] & is_token)
+
+
+def one_row(inputs: Inputs) -> Inputs:
+    """One row of zeros in place of a batch without rows. A batch of no rows has no blocks to compute."""
+    return {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in inputs.items()}
+
+
+def without_rows(output: ModelOutput) -> ModelOutput:
+    """The encoder's output for such inputs, without its row. Changes `output` itself."""
+    for name, x in output.items():
+        output[name] = tuple(y if y is None else y[:0] for y in x) if isinstance(x, tuple) else x[:0]
+    return output
+
+
+def flatten_choices(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The number of choices, and the inputs (batch, choices, length, ...) as rows (batch * choices, length, ...).
+
+    Raises:
+        ValueError: ids and embeddings are missing, or an input has a wrong shape.
+    """
+    given, num_dims = (input_ids, 3) if inputs_embeds is None else (inputs_embeds, 4)
+    if given is None or given.ndim != num_dims:
+        raise ValueError(
+            "Give `input_ids` of the shape (batch, choices, length) or `inputs_embeds` of the shape (batch, "
+            f"choices, length, embedding_size), got {None if given is None else tuple(given.shape)}."
+        )
+    for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if x is not None and x.shape != given.shape[:3]:
+            raise ValueError(
+                f"`{name}` must have the shape (batch, choices, length) = {tuple(given.shape[:3])}, got "
+                f"{tuple(x.shape)}."
+            )
+    inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+    return given.shape[1], *(None if x is None else x.flatten(0, 1) for x in inputs)

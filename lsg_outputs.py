@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .configuration_lsg_albert import check_problem_type
+
 
 @dataclass
 class LSGAlbertModelOutput(BaseModelOutputWithPooling):
@@ -55,6 +57,11 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def wants_states(selection: bool | int | list[int] | None) -> bool:
+    """Whether `output_hidden_states` asks for any states. Index 0 is the first of them, and not False."""
+    return selection is not None and selection is not False
+
+
 def select_states(
     hidden_states: list[Tensor], selection: bool | int | list[int] | None
 ) -> tuple[Tensor | None, ...] | None:
@@ -87,3 +94,46 @@ def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
     """
     length = logits.shape[1]
     return F.cross_entropy(logits, positions.to(logits.device).flatten().clamp(0, length), ignore_index=length)
+
+
+def order_loss(logits: Tensor, order: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Cross entropy of the sentence order: the mean over texts, or a sum as in `token_loss` if `num_items` is given.
+
+    `Trainer` does not count texts. In the sum, a text therefore has the weight of its masked tokens, so that the loss
+    does not depend on how a step is cut into batches.
+
+    Args:
+        logits: (batch, classes).
+        order: (batch,) or (batch, 1), the class of each text.
+        labels: (batch, length), the ids of the masked tokens, -100 elsewhere.
+        num_items: the number of masked tokens in all batches of a training step.
+    """
+    if num_items is not None:
+        logits = logits[:, None].expand(*labels.shape, -1)
+        order = order.view(-1, 1).to(labels.device).where(labels != -100, -100)
+    return token_loss(logits, order, num_items)
+
+
+def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The loss of a classifier of texts, or of a regression.
+
+    Args:
+        logits: (batch, labels).
+        labels: (batch,) class indices; (batch, labels) of 0 and 1; or numbers.
+        problem_type: "regression", "single_label_classification" or "multi_label_classification". None takes the first
+            with a single label, else the second for integers and the third for floats.
+
+    Raises:
+        ValueError: `problem_type` is unknown.
+    """
+    check_problem_type(problem_type)  # it may have been set since the model was made
+    labels = labels.to(logits.device)
+    if problem_type is None and logits.shape[-1] == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem_type == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits, labels.flatten())
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -36,7 +36,7 @@ class BlockRange(NamedTuple):
 
 @dataclass(frozen=True)
 class LSGPattern:
-    """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`.
+    """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`. All sizes count tokens.
 
     A text is cut into blocks. The sparse tokens that stand for a block are its image. A query sees all global tokens,
     the text of its own block and of the neighbouring blocks (`text_range`), and the sparse tokens before and after the
@@ -44,12 +44,18 @@ class LSGPattern:
 
     Args:
         num_global_tokens: global tokens before the text, at least 1.
-        block_size: tokens per block of the text.
-        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None for no sparse part.
-        sparse_block_size: sparse tokens that a query sees on each side.
+        block_size: tokens per block of the text, at least 1.
+        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None or "none" for
+            no sparse part.
+        sparse_block_size: sparse tokens that a query sees on each side, at least 1 if there is a sparse part. "norm" and
+            "lsh" cut the text into chunks of this size if it is below `block_size`. It must then divide `block_size`
+            and be a multiple of `sparsity_factor`.
         sparsity_factor: tokens that one sparse token stands for; divides `block_size`.
         lsh_num_pre_rounds: hashing rounds of "lsh" before the last one.
-        neighbours: blocks that a query sees on each side of its own.
+        neighbours: blocks that a query sees on each side of its own, at least 1.
+
+    Raises:
+        ValueError: a size is impossible; the message names field, value and remedy.
     """
 
     num_global_tokens: int
@@ -59,6 +65,46 @@ class LSGPattern:
     sparsity_factor: int = 1
     lsh_num_pre_rounds: int = 0
     neighbours: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sparsity_type == "none":  # the name that a configuration has for it
+            object.__setattr__(self, "sparsity_type", None)
+        lowest = {"num_global_tokens": 1, "block_size": 1, "lsh_num_pre_rounds": 0, "neighbours": 1}
+        if self.sparsity_type is not None:
+            lowest |= {"sparse_block_size": 1, "sparsity_factor": 1}
+        for name, limit in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < limit:
+                raise ValueError(f"`{name}` must be an integer of at least {limit}, got {value!r}.")
+        if self.sparsity_type is None:
+            return
+        block, window, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
+        if block % factor != 0:
+            raise ValueError(
+                f"`block_size` ({block}) must be divisible by `sparsity_factor` ({factor}); 1, 2, 4, ... up to "
+                "`block_size` work when `block_size` is a power of two."
+            )
+        has_chunks = self.sparsity_type in ("norm", "lsh") and factor > 1 and window < block
+        if has_chunks and (block % window != 0 or window % factor != 0):
+            raise ValueError(
+                f'`sparse_block_size` ({window}) is below `block_size` ({block}): with `sparsity_type="'
+                f'{self.sparsity_type}"` it must then divide `block_size` and be a multiple of `sparsity_factor` '
+                f'({factor}). Take such a size, one of at least `block_size`, or `sparsity_type="pooling"`.'
+            )
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LSGPattern":
+        """The pattern of a model with this `LSGAlbertConfig`."""
+        if not config.is_sparse:
+            return cls(config.num_global_tokens, config.block_size)
+        return cls(
+            config.num_global_tokens,
+            config.block_size,
+            config.sparsity_type,
+            config.sparse_block_size,
+            config.sparsity_factor,
+            config.lsh_num_pre_rounds,
+        )
 
     @property
     def text_range(self) -> BlockRange:

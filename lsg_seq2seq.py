@@ -5,12 +5,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers import EncoderDecoderCache, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 from .configuration_lsg_albert import LSGAlbertConfig
-from .lsg_compat import as_encoder_decoder_cache, find_cache
+from .lsg_compat import as_encoder_decoder_cache, find_cache, is_checkpointing
 from .lsg_inputs import check_mask, check_tokens
 from .lsg_outputs import LSGAlbertModelOutput
+
+logger = logging.get_logger(__name__)
 
 # Of the arguments that `generate` passes from step to step, those that `forward` gets. `forward` refuses the last one.
 DECODING_ARGUMENTS = (
@@ -37,6 +40,37 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
         input_ids = input_ids[:, -max(1, num_new) :].contiguous()
     needed = {name: arguments[name] for name in DECODING_ARGUMENTS if name in arguments}
     return {**needed, "decoder_input_ids": input_ids, "cache": cache}
+
+
+def returns_cache(model: PreTrainedModel, use_cache: bool | None, labels: Tensor | None) -> bool:
+    """Whether a forward pass returns the cache: as asked for or, with None, as the model's config says.
+
+    It never does with labels, or in training with gradient checkpointing.
+    """
+    use_cache = (model.config.use_cache if use_cache is None else use_cache) and labels is None
+    if use_cache and model.training and is_checkpointing(model):
+        logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
+        return False
+    return use_cache
+
+
+def chosen_cache(cache: Any, past_key_values: Any, use_cache: bool) -> EncoderDecoderCache | None:
+    """The cache under either of its names, a new one if there is none but `use_cache` asks for it, or None.
+
+    Raises:
+        ValueError: it is given under both names, or is of a type that is not supported.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+    cache = past_key_values if cache is None else cache
+    return as_encoder_decoder_cache(cache) if use_cache or cache is not None else None
+
+
+def fill_in_token_ids(generation_config: GenerationConfig, config: LSGAlbertConfig) -> None:
+    """Give a generation config, in place, the ids that it lacks and the model's config has."""
+    for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(config, name))
 
 
 def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
@@ -83,6 +117,35 @@ def states_for_decoder(encoder_outputs: ModelOutput, passes_globals: bool) -> Te
             f"of {len(text_states)}: give the same batch for both."
         )
     return torch.cat([global_states, text_states], dim=1)
+
+
+def encoder_keys(
+    config: LSGAlbertConfig,
+    encoder_outputs: ModelOutput | None,
+    cached_states: tuple[Tensor, Tensor] | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """What the decoder attends to in the encoder.
+
+    Args:
+        config: of the model.
+        encoder_outputs: not None if nothing is cached.
+        cached_states: the cross-attention's keys and values of a layer (batch, heads, keys, head_size), or None.
+        attention_mask: of the encoder's text, (batch, length), or None.
+
+    Returns:
+        The encoder's states (batch, keys, hidden), None if their keys are cached; and which of the keys may be
+        attended to, (batch, keys) bool.
+
+    Raises:
+        ValueError: an output of the encoder is missing, or the mask is wrong.
+    """
+    passes_globals = config.pass_global_tokens_to_decoder
+    num_globals = config.num_global_tokens if passes_globals else 0
+    if cached_states is not None:
+        return None, encoder_visibility(attention_mask, cached_states[0][:, 0], num_globals)
+    states = states_for_decoder(encoder_outputs, passes_globals)
+    return states, encoder_visibility(attention_mask, states, num_globals)
 
 
 def encoder_visibility(attention_mask: Tensor | None, keys: Tensor, num_globals: int) -> Tensor:

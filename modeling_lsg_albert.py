@@ -4,11 +4,9 @@ All public classes are defined here, because a saved model carries the files tha
 these classes are in the `lsg_*.py` files.
 """
 
-import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -19,43 +17,52 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput, logging
-
-from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, check_problem_type
+from transformers.utils import ModelOutput
 
 # Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
-from .lsg_attention import lsg_attention  # noqa: F401
+from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, checked_config
 from .lsg_chunks import ChunkedAttention  # noqa: F401
-from .lsg_compat import as_encoder_decoder_cache, cached, is_checkpointing
+from .lsg_compat import cached
 from .lsg_decoder import LSGAlbertDecoder, shift_right
-from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder, get_activation
+from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder
 from .lsg_flex import flex_attention_of_blocks  # noqa: F401
+from .lsg_functional import lsg_attention  # noqa: F401
 from .lsg_gather import key_windows  # noqa: F401
-from .lsg_inputs import check_mask, check_tokens, find_texts
+from .lsg_heads import LSGAlbertMLMHead, LSGAlbertSOPHead, WithMLMHead, classifier_dropout
+from .lsg_inputs import (
+    Inputs,
+    check_encoder_inputs,
+    find_texts,
+    flatten_choices,
+    one_row,
+    refuse_marks_of_texts,
+    without_rows,
+)
 from .lsg_outputs import (
     LSGAlbertForPreTrainingOutput,
     LSGAlbertModelOutput,
+    order_loss,
     select_states,
     span_loss,
+    text_loss,
     token_loss,
+    wants_states,
 )
 from .lsg_padding import BlockList  # noqa: F401
 from .lsg_pattern import LSGPattern  # noqa: F401
 from .lsg_seq2seq import (
     as_model_output,
     check_decoder_inputs,
+    chosen_cache,
     decoding_step,
     default_decoder_text,
-    encoder_visibility,
-    states_for_decoder,
+    encoder_keys,
+    fill_in_token_ids,
+    returns_cache,
 )
 from .lsg_softmax import ATTENTION_FUNCTIONS  # noqa: F401
 from .lsg_sparsity import select_sparse_tokens  # noqa: F401
 from .lsg_tracing import is_traced
-
-logger = logging.get_logger(__name__)
-
-_MARKS_OF_PACKING = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 class LSGAlbertPreTrainedModel(PreTrainedModel):
@@ -81,24 +88,11 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
 
     def __init__(self, config: LSGAlbertConfig, is_encoder_decoder: bool = False):
-        if not hasattr(config, "check_fields"):
-            raise ValueError(
-                f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
-                "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
-                "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
-            )
-        config.check_fields()  # fields may have been set since the configuration was made
-        check_attn_implementation(config._attn_implementation)
-        super().__init__(config_for(config, is_encoder_decoder))
+        super().__init__(checked_config(config, is_encoder_decoder))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Refused here: a `forward` that took `**kwargs` would have to use or refuse all other names too.
-        given = _MARKS_OF_PACKING & kwargs.keys()
-        if given:
-            raise ValueError(
-                f"`{min(given)}` is not supported: give `position_ids` that begin again at 0 with each text, and no other "
-                "mark of where texts are (`DataCollatorWithFlattening()` as it is by default)."
-            )
+        refuse_marks_of_texts(kwargs)
         return super().__call__(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs: Any) -> None:
@@ -137,21 +131,6 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         if isinstance(module, LSGAlbertEncoder):
             module.reset_projections()
-
-
-def config_for(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
-    """The configuration itself if it fits an encoder-decoder model (or an encoder), else a copy that fits.
-
-    So each class can be loaded from any checkpoint, whatever class the checkpoint was saved from.
-    """
-    start_token_id = config.decoder_start_token_id
-    if is_encoder_decoder and start_token_id is None:
-        start_token_id = config.bos_token_id
-    if (config.is_encoder_decoder, config.decoder_start_token_id) == (is_encoder_decoder, start_token_id):
-        return config
-    config = copy.deepcopy(config)
-    config.is_encoder_decoder, config.decoder_start_token_id = is_encoder_decoder, start_token_id
-    return config
 
 
 class LSGAlbertModel(LSGAlbertPreTrainedModel):
@@ -239,146 +218,63 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if head_mask is not None:
             raise ValueError("`head_mask` is not supported by LSG attention: leave it out.")
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         texts = find_texts(position_ids, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+        if texts is not None and (output_attentions or not self.takes_packed):
+            raise ValueError(
+                "`position_ids` begin again within a row: several texts are packed into it, of which "
+                f"{'attention maps' if output_attentions else 'the head of this model'} cannot be told apart. Give "
+                "each text a row of its own, with padding, and leave `position_ids` out."
+            )
         if texts is not None:
-            if output_attentions or not self.takes_packed:
-                raise ValueError(
-                    "`position_ids` begin again within a row: several texts are packed into it, of which "
-                    f"{'attention maps' if output_attentions else 'the head of this model'} cannot be told apart. Give "
-                    "each text a row of its own, with padding, and leave `position_ids` out."
-                )
-            output = self.forward(
-                texts.unpack(input_ids), texts.attention_mask, texts.unpack(token_type_ids),
-                texts.unpack(position_ids), None, texts.unpack(inputs_embeds),
-                output_hidden_states=output_hidden_states, return_dict=True,
-            )  # fmt: skip
-            output.last_hidden_state = texts.pack(output.last_hidden_state)
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(map(texts.pack, output.hidden_states))
-            return output if return_dict else output.to_tuple()
-        batch_size, length = self._check_inputs(input_ids, inputs_embeds, attention_mask)
+            inputs = texts.unpack_inputs(inputs)
+        batch_size, _ = check_encoder_inputs(self.config, inputs)
+        if inputs["input_ids"] is not None:
+            self.warn_if_padding_and_no_attention_mask(inputs["input_ids"], inputs["attention_mask"])
         if batch_size == 0 and not is_traced():
-            # A batch of no rows has no blocks. Compute the outputs of one row, and return none of its rows.
-            row = (
-                None if x is None else x.new_zeros(1, *x.shape[1:])
-                for x in (input_ids, attention_mask, token_type_ids)
-            )
-            embeds = None if inputs_embeds is None else inputs_embeds.new_zeros(1, *inputs_embeds.shape[1:])
-            output = self.forward(
-                *row, position_ids, None, embeds, output_attentions, output_hidden_states, return_dict=True
-            )
-            for name, x in output.items():
-                output[name] = tuple(y if y is None else y[:0] for y in x) if isinstance(x, tuple) else x[:0]
-            return output if return_dict else output.to_tuple()
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            output = without_rows(self._encode(one_row(inputs), **wanted))
+        else:
+            output = self._encode(inputs, **wanted)
+        if texts is not None:
+            output = texts.pack_output(output)
+        return output if return_dict else output.to_tuple()
 
-        embeddings = self.embeddings(
-            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )  # by name: tools that hook layers expect all positional arguments to be tensors
+    def _encode(
+        self, inputs: Inputs, output_attentions: bool, output_hidden_states: bool | int | list[int] | None
+    ) -> LSGAlbertModelOutput:
+        """The output for a batch of at least one row, each of which is one text; the inputs have been checked."""
+        given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+        batch_size, length = given.shape[:2]
+        # By name: tools that hook layers expect all positional arguments to be tensors.
+        embeddings = self.embeddings(**{name: x for name, x in inputs.items() if name != "attention_mask"})
+        attention_mask = inputs["attention_mask"]
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=embeddings.device)
         visible = attention_mask.to(embeddings.device, torch.bool)
         if self.config.mask_first_token:
             visible = visible & (torch.arange(length, device=visible.device) > 0)
-        wants_states = output_hidden_states is not None and output_hidden_states is not False
-        states, text_states, attention_maps = self.encoder(embeddings, visible, output_attentions, wants_states)
+        states, text_states, attention_maps = self.encoder(
+            embeddings, visible, output_attentions, wants_states(output_hidden_states)
+        )
         global_states, last_state = states.tensor_split([self.encoder.pattern.num_global_tokens], dim=1)
         if self.config.pool_with_global:
             is_first = torch.arange(length, device=last_state.device)[:, None] == 0
             last_state = torch.where(is_first, global_states[:, :1], last_state)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(last_state[:, 0]))
-        output = LSGAlbertModelOutput(
+        return LSGAlbertModelOutput(
             last_hidden_state=last_state,
             pooler_output=pooled,
             hidden_states=select_states([*text_states, last_state], output_hidden_states),
             attentions=tuple(attention_maps) if output_attentions else None,
             global_hidden_states=global_states,
         )
-        return output if return_dict else output.to_tuple()
-
-    def _check_inputs(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
-    ) -> tuple[int, int]:
-        """Check the inputs and return their batch size and length; `ValueError` if the inputs are wrong."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        shape = check_tokens(self.config, input_ids, inputs_embeds)
-        if attention_mask is not None:
-            check_mask("attention_mask", attention_mask, shape)
-        return shape
 
 
-class LSGAlbertMLMHead(nn.Module):
-    """Scores of the vocabulary for every token."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
-        self.activation = get_activation(config.hidden_act)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., vocab_size)."""
-        return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
-
-    def _tie_weights(self) -> None:
-        # Only transformers 4 calls this. `__init__` does not tie the two names: if they are one parameter on the meta
-        # device already, transformers 5 takes the bias for loaded even if the file has neither name.
-        self.decoder.bias = self.bias
-
-
-class LSGAlbertSOPHead(nn.Module):
-    """Scores of the sentence order."""
-
-    def __init__(self, config: LSGAlbertConfig):
-        super().__init__()
-        self.dropout = classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(batch, hidden_size) -> (batch, num_labels)."""
-        return self.classifier(self.dropout(pooled))
-
-
-def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
-    """The dropout before a classifier."""
-    own = config.classifier_dropout_prob
-    return nn.Dropout(config.hidden_dropout_prob if own is None else own)
-
-
-class _WithMLMHead(LSGAlbertPreTrainedModel):
-    """A model whose head `predictions` shares the word embeddings."""
-
-    accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
-    # transformers 5 reads {target: source}; transformers 4 reads only the keys.
-    _tied_weights_keys = {
-        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
-        "predictions.decoder.bias": "predictions.bias",
-    }
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # Only transformers 5 calls this. The bias has two names even if `tie_word_embeddings` is False.
-        tied = super().get_expanded_tied_weights_keys(all_submodels)
-        return {**tied, "predictions.decoder.bias": "predictions.bias"}
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        # A file holds the bias under one name, and loading may have set the parameter under that name alone.
-        if self.predictions.bias.is_meta and not self.predictions.decoder.bias.is_meta:
-            self.predictions.bias = self.predictions.decoder.bias
-        super().tie_weights(*args, **kwargs)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.predictions.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.predictions.decoder = new_embeddings
-        self.predictions.bias = new_embeddings.bias
-
-
-class LSGAlbertForPreTraining(_WithMLMHead):
+class LSGAlbertForPreTraining(WithMLMHead, LSGAlbertPreTrainedModel):
     """Masked-language-model and sentence-order heads, as in ALBERT's pre-training."""
 
     def __init__(self, config: LSGAlbertConfig):
@@ -425,19 +321,15 @@ class LSGAlbertForPreTraining(_WithMLMHead):
         sop_logits = self.sop_classifier(outputs.pooler_output)
         loss = None
         if labels is not None and sentence_order_label is not None:
-            order_logits, order = sop_logits, sentence_order_label
-            if num_items_in_batch is not None:
-                order_logits = sop_logits[:, None].expand(*labels.shape, -1)
-                order = order.view(-1, 1).to(labels.device).where(labels != -100, -100)
             loss = token_loss(prediction_logits, labels, num_items_in_batch)
-            loss = loss + token_loss(order_logits, order, num_items_in_batch)
+            loss = loss + order_loss(sop_logits, sentence_order_label, labels, num_items_in_batch)
         output = LSGAlbertForPreTrainingOutput(
             loss, prediction_logits, sop_logits, outputs.hidden_states, outputs.attentions
         )
         return output if return_dict else output.to_tuple()
 
 
-class LSGAlbertForMaskedLM(_WithMLMHead):
+class LSGAlbertForMaskedLM(WithMLMHead, LSGAlbertPreTrainedModel):
     """Masked-language-model head."""
 
     def __init__(self, config: LSGAlbertConfig):
@@ -480,7 +372,7 @@ class LSGAlbertForMaskedLM(_WithMLMHead):
         return output if return_dict else output.to_tuple()
 
 
-class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
+class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, GenerationMixin):
     """
     A sequence-to-sequence model. Its decoder uses the encoder's embeddings and layers again, with causal
     self-attention and a cross-attention in each layer, see [`LSGAlbertDecoder`]. Its head is that of the masked
@@ -510,9 +402,7 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
         model.decoder.copy_self_attentions(model.albert.encoder.albert_layer_groups, missing)
-        for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(model.generation_config, name) is None:
-                setattr(model.generation_config, name, getattr(model.config, name))
+        fill_in_token_ids(model.generation_config, model.config)
         is_encoders = any(name.startswith("cross_attentions.") for name in missing)
         if is_encoders and kwargs.get("generation_config") is None:
             model.generation_config.use_cache = model.config.use_cache
@@ -586,15 +476,10 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if cache is not None and past_key_values is not None:
-            raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
-        cache = past_key_values if cache is None else cache
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
-        if use_cache and self.training and is_checkpointing(self):
-            logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
-            use_cache = False
-        cache = as_encoder_decoder_cache(cache) if use_cache or cache is not None else None
+        use_cache = returns_cache(self, use_cache, labels)
+        cache = chosen_cache(cache, past_key_values, use_cache)
         cached_states = None if cache is None else cached(cache.cross_attention_cache, 0)
+        past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
 
         if encoder_outputs is not None:
             encoder_outputs = as_model_output(encoder_outputs)
@@ -603,31 +488,21 @@ class LSGAlbertForConditionalGeneration(_WithMLMHead, GenerationMixin):
                 input_ids, attention_mask, token_type_ids, position_ids, None, inputs_embeds,
                 output_attentions, output_hidden_states, return_dict=True,
             )  # fmt: skip
-        passes_globals = self.config.pass_global_tokens_to_decoder
-        encoder_states = states_for_decoder(encoder_outputs, passes_globals) if cached_states is None else None
-        keys = encoder_states if cached_states is None else cached_states[0][:, 0]  # (batch, keys, ...)
-        num_globals = self.config.num_global_tokens if passes_globals else 0
-        encoder_visible = encoder_visibility(attention_mask, keys, num_globals)
+        encoder_states, encoder_visible = encoder_keys(self.config, encoder_outputs, cached_states, attention_mask)
 
-        past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
-                default_decoder_text(input_ids, labels, past_length)
-            )
+            text = default_decoder_text(input_ids, labels, past_length)
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(text)
         check_decoder_inputs(
-            self.config,
-            decoder_input_ids,
-            decoder_inputs_embeds,
-            decoder_attention_mask,
-            labels,
-            len(keys),
-            past_length,
-        )
-        visible = None if decoder_attention_mask is None else decoder_attention_mask.to(keys.device, torch.bool)
-        wants_states = output_hidden_states is not None and output_hidden_states is not False
+            self.config, decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, labels,
+            batch_size=len(encoder_visible), past_length=past_length,
+        )  # fmt: skip
+        visible = decoder_attention_mask
+        if visible is not None:
+            visible = visible.to(encoder_visible.device, torch.bool)
         states, all_states, self_maps, cross_maps = self.decoder(
             self.albert, decoder_input_ids, decoder_inputs_embeds, visible, encoder_states, encoder_visible,
-            cache, output_attentions, wants_states,
+            cache, output_attentions, wants_states(output_hidden_states),
         )  # fmt: skip
         logits = self.predictions(states)
         encoder_outputs = encoder_outputs or LSGAlbertModelOutput()
@@ -683,24 +558,9 @@ class LSGAlbertForSequenceClassification(LSGAlbertPreTrainedModel):
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        loss = None if labels is None else text_loss(logits, labels, self.config.problem_type)
         output = SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
         return output if return_dict else output.to_tuple()
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem_type = self.config.problem_type
-        check_problem_type(problem_type)  # it may have been set since the model was made
-        if problem_type is None and self.num_labels == 1:
-            problem_type = "regression"
-        elif problem_type is None:
-            problem_type = (
-                "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-            )
-        if problem_type == "regression":
-            return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
-        if problem_type == "single_label_classification":
-            return F.cross_entropy(logits, labels.flatten())
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 class LSGAlbertForTokenClassification(LSGAlbertPreTrainedModel):
@@ -829,23 +689,8 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
                 The index of the right choice.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        given, num_dims = (input_ids, 3) if inputs_embeds is None else (inputs_embeds, 4)
-        if given is None or given.ndim != num_dims:
-            raise ValueError(
-                "Give `input_ids` of the shape (batch, choices, length) or `inputs_embeds` of the shape (batch, "
-                f"choices, length, embedding_size), got {None if given is None else tuple(given.shape)}."
-            )
-        for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if x is not None and x.shape != given.shape[:3]:
-                raise ValueError(
-                    f"`{name}` must have the shape (batch, choices, length) = {tuple(given.shape[:3])}, got "
-                    f"{tuple(x.shape)}."
-                )
-        num_choices = given.shape[1]
-        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
-            None if x is None else x.flatten(0, 1)
-            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        )
+        num_choices, *inputs = flatten_choices(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
         outputs = self.albert(
             input_ids, attention_mask, token_type_ids, position_ids, head_mask, inputs_embeds,
             output_attentions, output_hidden_states, return_dict=True,
@@ -858,17 +703,10 @@ class LSGAlbertForMultipleChoice(LSGAlbertPreTrainedModel):
 
 # A saved model carries its own code, and its config says where each Auto class finds its model.
 LSGAlbertModel.register_for_auto_class("AutoModel")
-
 LSGAlbertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-
 LSGAlbertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-
 LSGAlbertForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-
 LSGAlbertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
 LSGAlbertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-
 LSGAlbertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-
 LSGAlbertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -262,7 +262,7 @@ class Measuring:
         clear_gradients(model, inputs)
         return Call(seconds, peak_bytes, bytes_of_weights(model))
 
-    def finish(self, case: Case) -> None:
+    def forget_case(self, case: Case) -> None:
         """Free what belongs to a case; the model stays for the next one."""
         self.inputs.pop(case, None)
         self.memory.pop(case, None)
@@ -297,7 +297,7 @@ def serve(connection: Connection, setup: Setup) -> None:
         except Exception as error:  # whatever it is, it is reported as this contestant's failure
             answer = Failure(short_text(error))
         if isinstance(answer, Failure) and measuring is not None:
-            measuring.finish(case)
+            measuring.forget_case(case)
         connection.send(answer)
 
 

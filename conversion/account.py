@@ -27,12 +27,13 @@ BARE = "LSGAlbertModel"  # the class without a head
 BASE_PARTS = ("embeddings", "encoder", "pooler")
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # Second names of one parameter, which files may hold or not; the decoder's weight is one only where it is tied.
-DECODER = "predictions.decoder.weight"
-TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": "predictions.bias"}
+DECODER, BIAS = "predictions.decoder.weight", "predictions.bias"
+TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": BIAS}
 # Reasons to leave out what is not lost.
 BUFFER = "a buffer that the model makes itself"
 UNUSED = "rows of positions that no text has"
 TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
+OVERRULED = "other values than the second name of the same parameter has"
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,72 @@ def parameter_shapes(architecture: str, config: LSGAlbertConfig) -> dict[str, Sh
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def part_of(name: str) -> str:
+    """The part of a model to which a tensor belongs: "embeddings", "predictions", "classifier", ..."""
+    return name.removeprefix("albert.").split(".")[0]
+
+
 def target_name(name: str, family: Family, prefix: str, head: str | None = None) -> str:
     """The name that a tensor of a source has in a target with that prefix, which may have no such tensor."""
     name = family.tensor_name(name.removeprefix(family.prefix), head)
     return prefix + name if part_of(name) in BASE_PARTS else name
 
 
-def part_of(name: str) -> str:
-    """The part of a model to which a tensor belongs: "embeddings", "predictions", "classifier", ..."""
-    return name.removeprefix("albert.").split(".")[0]
+def name_tensors(
+    source: Iterable[str], family: Family, prefix: str, heads: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The names that a source's tensors have in a target, and the reasons for those that are never taken.
+
+    Args:
+        source: names of tensors.
+        family, prefix: as in `target_name`.
+        heads: as in `match_tensors`.
+
+    Returns:
+        Two dictionaries by the names in the source.
+    """
+    special = [family.heads.get(head, Head()) for head in heads]
+    named, dropped = {}, {}
+    for source_name in source:
+        lost = [head.reason for head in special if re.search(head.lost, source_name.removeprefix(family.prefix))]
+        name = target_name(source_name, family, prefix, heads[0] if heads else None)
+        if lost:
+            dropped[source_name] = lost[0]
+        elif name.endswith(BUFFERS):
+            dropped[source_name] = BUFFER
+        else:
+            named[source_name] = name
+    return named, dropped
 
 
-def account_for(
+def misfit(name: str, shape: Shape, wanted: Shape | None, architecture: str, strict: bool) -> str | None:
+    """Why a tensor of the source is left out of the target; None if it is taken.
+
+    Args:
+        name: in the source.
+        shape: of the tensor.
+        wanted: the shape of the parameter of its name in the target, or None if there is none.
+        architecture: of the target.
+        strict: whether a misfit is refused, as it is in an encoder, and where the source says that it is of this class.
+
+    Raises:
+        ConversionError: it does not fit, and must not be left out.
+    """
+    if shape == wanted:
+        return None
+    if strict and wanted is None:
+        raise ConversionError(
+            f"The source has the tensor {name}, which no ALBERT has. Name the class to make with `--architecture` to "
+            "leave such tensors out."
+        )
+    if strict:
+        raise ConversionError(f"The source's tensor {name} has the shape {shape}, but its config asks for {wanted}.")
+    if wanted is None:
+        return f"{architecture} has no such parameter"
+    return f"the shape {shape} where {architecture} has {wanted}"
+
+
+def match_tensors(
     source: Mapping[str, Shape],
     family: Family,
     architecture: str,
@@ -114,7 +169,7 @@ def account_for(
     strict: bool,
     heads: Sequence[str] = (),
 ) -> Account:
-    """Compare the tensors of a source, by name and shape, with the parameters of an LSG class.
+    """Match the tensors of a source, by name and shape, with the parameters of an LSG class.
 
     Args:
         source: shapes of the source's tensors.
@@ -131,37 +186,21 @@ def account_for(
     prefix = base_prefix(architecture)
     expected = parameter_shapes(architecture, config)
     # A file may hold a pooler that the class lacks; it is kept, since other classes have it.
-    required = {prefix + name: shape for name, shape in parameter_shapes(BARE, config).items()} | expected
-    known = {name for other in ARCHITECTURES for name in parameter_shapes(other, config)} | required.keys()
-    special = [family.heads.get(head, Head()) for head in heads]
-    copied, dropped = {}, {}
-    for source_name, shape in source.items():
-        own_name = source_name.removeprefix(family.prefix)
-        lost = [head.reason for head in special if re.search(head.lost, own_name)]
-        if lost:
-            dropped[source_name] = lost[0]
-            continue
-        name = target_name(source_name, family, prefix, heads[0] if heads else None)
-        wanted = required.get(name, shape if strict and name in known else None)
-        if name.endswith(BUFFERS):
-            dropped[source_name] = BUFFER
-        elif name in copied:
+    fitting = {prefix + name: shape for name, shape in parameter_shapes(BARE, config).items()} | expected
+    others = {name for other in ARCHITECTURES for name in parameter_shapes(other, config)} if strict else set()
+    named, dropped = name_tensors(source, family, prefix, heads)
+    copied: dict[str, str] = {}
+    for source_name, name in named.items():
+        if name in copied:
             raise ConversionError(f"The source has two tensors for {name}: {copied[name]} and {source_name}.")
-        elif shape == wanted:
+        shape = source[source_name]
+        wanted = fitting.get(name, shape if name in others else None)
+        is_base = wanted is not None and part_of(name) in BASE_PARTS
+        reason = misfit(source_name, shape, wanted, architecture, strict or is_base)
+        if reason is None:
             copied[name] = source_name
-        elif wanted is not None and (strict or part_of(name) in BASE_PARTS):
-            raise ConversionError(
-                f"The source's tensor {source_name} has the shape {shape}, but its config asks for {wanted}."
-            )
-        elif strict:
-            raise ConversionError(
-                f"The source has the tensor {source_name}, which no ALBERT has. Name the class to make with "
-                "`--architecture` to leave such tensors out."
-            )
-        elif wanted is None:
-            dropped[source_name] = f"{architecture} has no such parameter"
         else:
-            dropped[source_name] = f"the shape {shape} where {architecture} has {wanted}"
+            dropped[source_name] = reason
     twins = {twin: name for twin, name in TWINS.items() if twin != DECODER or config.tie_word_embeddings}
     # Where the file holds a tensor under its second name alone, it goes under its first.
     first = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
@@ -170,16 +209,21 @@ def account_for(
     filled = {prefix + name: value for name, value in added.items() if prefix + name not in copied}
     made = {*twins, *filled, prefix + GLOBAL_TABLE}
     missing = [name for name in expected if name not in copied and name not in made]
-    check_missing(missing, copied, strict and not any(head.is_new for head in special))
+    is_new = any(family.heads.get(head, Head()).is_new for head in heads)
+    refuse_parts(missing, copied, needs_head=strict and not is_new)
     return Account(copied, dropped, missing, filled)
 
 
-def check_missing(missing: Iterable[str], copied: Iterable[str], strict: bool) -> None:
-    """Refuse a source that lacks a part of its encoder, or of its head; a whole head may be drawn anew."""
+def refuse_parts(missing: Iterable[str], copied: Iterable[str], needs_head: bool) -> None:
+    """Raise `ConversionError` if the source lacks a part of its encoder, or of its head.
+
+    A pooler may be missing as a whole, and so may a head unless `needs_head`: it is drawn anew.
+    """
     parts_there = {part_of(name) for name in copied}
     for part, group in itertools.groupby(sorted(missing, key=part_of), key=part_of):
-        if part not in parts_there and (part == "pooler" or not (strict or part in BASE_PARTS)):
-            continue  # a whole head, or the pooler, which a model for tokens does not have
+        may_be_drawn = part == "pooler" or (part not in BASE_PARTS and not needs_head)
+        if may_be_drawn and part not in parts_there:
+            continue
         first, *others = group
         more = f" and {len(others)} more tensors" if others else ""
         hint = "" if part in BASE_PARTS else " Name another class to make with `--architecture`, if that is right."

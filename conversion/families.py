@@ -64,6 +64,13 @@ class Family:
             fields["max_position_embeddings"] = positions - unused
         return fields
 
+    def own_name(self, field: str, config: Mapping[str, Any]) -> str:
+        """The name in a config.json of this family of a field with that name in ALBERT's."""
+        if field == "embedding_size" and not self.shares_layers and field not in {*self.defaults, *config}:
+            field = "hidden_size"  # from which `albert_fields` has it
+        names = {albert_name: name for name, albert_name in self.fields.items()}
+        return field if field in config else names.get(field, field)
+
     def differences_of(self, head: str) -> list[str]:
         """What remains different for a class of the family with that head."""
         own = self.heads.get(head, Head()).difference
@@ -124,23 +131,44 @@ ALBERT = Family(
         "vocab.txt": "BertTokenizer",
     },
 )
-BERT = Family(
-    model_type="bert",
-    title="BERT",
-    class_name="Bert",
-    prefix="bert.",
-    cls_id=101,
-    mask_id=103,
-    vocabularies=_vocabularies(word="BertTokenizer"),
+
+
+def _like_bert(model_type: str, title: str, class_name: str, **fields: Any) -> Family:
+    """A family with BERT's English vocabulary, sizes and fields, but for those that are given."""
+    return Family(
+        model_type=model_type,
+        title=title,
+        class_name=class_name,
+        prefix=f"{model_type}.",
+        cls_id=101,
+        mask_id=103,
+        vocabularies=_vocabularies(word=f"{class_name}Tokenizer"),
+        defaults={**_SIZES, **fields.pop("defaults", {})},
+        shares_layers=False,
+        **{"fields": _DROPOUT, **fields},
+    )
+
+
+def _new_head(title: str, layer: str, tensors: str) -> Head:
+    """A head of which nothing is taken, because of a layer that ALBERT's head lacks."""
+    return Head(
+        lost=tensors,
+        is_new=True,
+        reason=f"{title}'s {layer} has no counterpart in ALBERT's head",
+        difference=f"The head is new: {title}'s, a {layer}, has no counterpart in ALBERT. Train it before use.",
+    )
+
+
+BERT = _like_bert(
+    "bert",
+    "BERT",
+    "Bert",
     tensors={
         **_BERT_LAYERS,
         r"^cls\.predictions\.transform\.": "predictions.",
         r"^cls\.predictions\.": "predictions.",
         r"^cls\.seq_relationship\.": "sop_classifier.classifier.",
     },
-    fields=_DROPOUT,
-    defaults=_SIZES,
-    shares_layers=False,
     heads={
         "ForPreTraining": Head(
             difference="`sop_classifier` holds BERT's next-sentence head: its class 0 means that the second part "
@@ -198,14 +226,10 @@ CAMEMBERT = _roberta_like(
     "camembert", "CamemBERT", "Camembert", {"pieces": "CamembertTokenizer"}, cls_id=5, mask_id=32004,
     defaults={"vocab_size": 30522, "bos_token_id": 5, "eos_token_id": 6},
 )  # fmt: skip
-DISTILBERT = Family(
-    model_type="distilbert",
-    title="DistilBERT",
-    class_name="DistilBert",
-    prefix="distilbert.",
-    cls_id=101,
-    mask_id=103,
-    vocabularies=_vocabularies(word="DistilBertTokenizer"),
+DISTILBERT = _like_bert(
+    "distilbert",
+    "DistilBERT",
+    "DistilBert",
     tensors={
         r"^transformer\.layer\.(\d+)\.": _GROUP,
         r"\.attention\.q_lin\.": ".attention.query.",
@@ -230,52 +254,32 @@ DISTILBERT = Family(
         "dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
         "seq_classif_dropout": "classifier_dropout_prob",
-    },  # fmt: skip
-    defaults={**_SIZES, "num_hidden_layers": 6, "classifier_dropout_prob": 0.2},
-    shares_layers=False,
+    },
+    defaults={"num_hidden_layers": 6, "classifier_dropout_prob": 0.2},
     added=("embeddings.token_type_embeddings.weight",),
     heads=dict.fromkeys(
         ("ForSequenceClassification", "ForMultipleChoice"),
-        Head(
-            lost=r"^(pre_classifier|classifier)\.",
-            is_new=True,
-            reason="DistilBERT's dense layer with ReLU has no counterpart in ALBERT's head",
-            difference="The head is new: DistilBERT's, a dense layer with ReLU, has no counterpart in ALBERT. Train "
-            "it before use.",
-        ),
+        _new_head("DistilBERT", "dense layer with ReLU", r"^(pre_classifier|classifier)\."),
     ),
     default_head="ForMaskedLM",
 )
-_ELECTRA_HEAD = Head(
-    lost=r"^(classifier|sequence_summary)\.",
-    is_new=True,
-    reason="ELECTRA's dense layer with GELU has no counterpart in ALBERT's head",
-    difference="The head is new: ELECTRA's, a dense layer with GELU, has no counterpart in ALBERT. Train it before "
-    "use.",
-)
-ELECTRA = Family(
-    model_type="electra",
-    title="ELECTRA",
-    class_name="Electra",
-    prefix="electra.",
-    cls_id=101,
-    mask_id=103,
-    vocabularies=_vocabularies(word="ElectraTokenizer"),
+ELECTRA = _like_bert(
+    "electra",
+    "ELECTRA",
+    "Electra",
     tensors={
         **_BERT_LAYERS,
         r"^embeddings_project\.": "encoder.embedding_hidden_mapping_in.",
         r"^generator_predictions\.": "predictions.",
         r"^generator_lm_head\.": "predictions.decoder.",
     },
-    fields=_DROPOUT,
-    defaults={
-        **_SIZES, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024,
-    },
-    shares_layers=False,
+    defaults={"embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
     head_activation="gelu",
     heads={
-        "ForSequenceClassification": _ELECTRA_HEAD,
-        "ForMultipleChoice": _ELECTRA_HEAD,
+        **dict.fromkeys(
+            ("ForSequenceClassification", "ForMultipleChoice"),
+            _new_head("ELECTRA", "dense layer with GELU", r"^(classifier|sequence_summary)\."),
+        ),
         "ForPreTraining": Head(
             becomes="Model",
             lost=r"^discriminator_predictions\.",
@@ -284,7 +288,7 @@ ELECTRA = Family(
         ),
     },
     default_head="ForMaskedLM",
-)  # fmt: skip
+)
 FAMILIES = {
     family.model_type: family for family in (ALBERT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA)
 }

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..lsg_pattern import LSGPattern
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 CONVERSION = "conversion"
@@ -72,7 +74,9 @@ class ConversionOptions:
     bos_token_id: int | None = _option(None, "token of the first global token", type=int, metavar="ID")
     mask_token_id: int | None = _option(None, "token of the other global tokens", type=int, metavar="ID")
 
-    block_size: int = _parameter(128, int, "tokens per block; a token sees its own and one on each side")
+    block_size: int = _parameter(
+        128, int, f"tokens per block; a token sees its own and {LSGPattern.neighbours} on each side"
+    )
     sparse_block_size: int | None = _parameter(
         128, _or_none(int), "sparse tokens seen on each side of the local window; 0 or none for no sparse part"
     )

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_lsg_albert import LSGAlbertConfig
+from ..lsg_pattern import LSGPattern
 from .account import (
+    BIAS,
     BUFFER,
     DECODER,
+    OVERRULED,
     TIED,
     TWINS,
     Account,
-    account_for,
     base_prefix,
     head_of,
     lsg_architecture,
+    match_tensors,
     part_of,
     target_name,
 )
@@ -51,6 +55,10 @@ class Source:
     def fields(self) -> dict[str, Any]:
         """The fields of the model under ALBERT's names."""
         return self.family.albert_fields({n: value for n, value in self.config.items() if n not in NOT_KEPT})
+
+    def own_name(self, field: str) -> str:
+        """The name that a field of ALBERT's config.json has in the source's."""
+        return self.family.own_name(field, self.config)
 
 
 @dataclass(frozen=True)
@@ -183,25 +191,25 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     usual = {"mask_first_token": True} if (source.folder / MODULES).is_file() else {}
     fields = usual | source.fields
     config = LSGAlbertConfig.from_dict(fields, max_position_embeddings=options.max_length, **options.pattern)
-    if options.max_length < 2 * config.block_size:
+    full_length = LSGPattern.from_config(config).full_length
+    if options.max_length < full_length:
         raise ConversionError(
-            f"`max_length` ({options.max_length}) must be at least two blocks, {2 * config.block_size} tokens: take "
-            f"a longer one, or a `block_size` below {config.block_size}."
+            f"`max_length` ({options.max_length}) must be at least {full_length}, the length up to which all tokens see "
+            f"each other with a `block_size` of {config.block_size}: take a longer one, or a smaller `block_size`."
         )
     family, shapes = source.family, source.weights.shapes
     named = options.architecture or source.architecture or usual_architecture(family, shapes)
     architecture = lsg_architecture(named, family)
     is_own = options.architecture is None and source.architecture is not None
     heads = [head_of(name, family) for name in (named, source.architecture) if name is not None]
-    account = account_for(shapes, family, architecture, sizes, is_own, heads)
+    account = match_tensors(shapes, family, architecture, sizes, is_own, heads)
     check_activation(source, account)
     global_table, words = (base_prefix(architecture) + table for table in (GLOBAL_TABLE, WORD_TABLE))
     is_lsg = global_table in account.copied
     named_lsg = source.config.get("base_model_prefix") == "lsg" or "LSG" in (source.architecture or "")
     if named_lsg and not is_lsg:
         raise ConversionError(f"{source.folder} is an LSG-ALBERT by its config.json, but lacks {global_table}.")
-    if config.tie_word_embeddings:
-        account = without_tied_decoder(account, source.weights)
+    account = settle_twins(account, source, config.tie_word_embeddings)
     source_dtype = source.weights[account.copied[words]].dtype
     return Plan(source, options, sizes, config, architecture, heads[0], account, source_dtype, is_lsg)
 
@@ -225,16 +233,34 @@ def usual_architecture(family: Family, names: Iterable[str]) -> str:
     return family.class_name + head
 
 
-def without_tied_decoder(account: Account, weights: SourceWeights) -> Account:
-    """Leave out the decoder's weight if it is a copy of the word embeddings.
+def settle_twins(account: Account, source: Source, ties_words: bool) -> Account:
+    """Decide on the parameters that the source has under both of their names.
 
-    The bias's second name stays: before release 5, transformers' own ALBERT reads the bias from there alone.
+    A decoder's weight that is a copy of the word embeddings is left out. Both names of a bias stay: before release 5,
+    transformers' own ALBERT reads the bias from the second alone. If their values differ, those of the second stay.
+
+    Raises:
+        ConversionError: the decoder's weight is not the word embeddings', to which it is tied. Which of them counts
+            differs between releases of transformers.
     """
-    decoder = account.copied.get(DECODER)
-    if decoder is None or not torch.equal(weights[decoder], weights[account.copied[TWINS[DECODER]]]):
-        return account
-    copied = {name: source_name for name, source_name in account.copied.items() if name != DECODER}
-    return dataclasses.replace(account, copied=copied, dropped=account.dropped | {decoder: TIED})
+    copied, dropped = dict(account.copied), dict(account.dropped)
+    for twin, first in TWINS.items():
+        if not {twin, first} <= copied.keys() or (twin == DECODER and not ties_words):
+            continue
+        tensors = [source.weights[copied[name]] for name in (first, twin)]
+        is_same = tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
+        if twin == DECODER and not is_same:
+            raise ConversionError(
+                f"{source.folder} contradicts itself: by its `tie_word_embeddings`, {copied[first]} and {copied[twin]} "
+                "are one tensor, but their values differ. Set `tie_word_embeddings` to false in its config.json to keep "
+                "both, or take one of them out."
+            )
+        if twin == DECODER:
+            dropped[copied.pop(twin)] = TIED
+        elif not is_same:
+            dropped[copied[first]] = OVERRULED
+            copied[first] = copied.pop(twin)
+    return dataclasses.replace(account, copied=copied, dropped=dropped)
 
 
 def source_sizes(source: Source) -> LSGAlbertConfig:
@@ -245,9 +271,11 @@ def source_sizes(source: Source) -> LSGAlbertConfig:
     wrong = [name for name, value in settings.items() if type(value) is not RUN_SETTINGS[name] or value < 0]
     if config is None and not any(f"`{name}`" in reason for name in fields):  # not a message of ours
         wrong = [name for name in fields if try_config({other: fields[other] for other in fields if other != name})[0]]
+    reason = re.sub(r"`(\w+)`", lambda field: f"`{source.own_name(field[1])}`", reason)
     if wrong:
+        name = source.own_name(wrong[0])
         raise ConversionError(
-            f"{source.folder / 'config.json'}: `{wrong[0]}` cannot be {fields[wrong[0]]!r}"
+            f"{source.folder / 'config.json'}: `{name}` cannot be {source.config.get(name, fields[wrong[0]])!r}"
             f"{f' ({reason})' if reason else ''}. Leave the field out, or correct it."
         )
     if config is None:
@@ -328,7 +356,12 @@ def find_warnings(plan: Plan, tokens: Tokens) -> list[str]:
         )
     if account.missing:
         found.append(f"The source has no {', '.join(account.missing)}: drawn at random, train them before use.")
-    lost = [name for name, reason in account.dropped.items() if reason not in (BUFFER, TIED)]
+    for name in [name for name, reason in account.dropped.items() if reason == OVERRULED]:
+        found.append(
+            f"{name} and {account.copied[BIAS]} are names of one parameter, but their values differ: those of the second "
+            "are taken, as by transformers 5."
+        )
+    lost = [name for name, reason in account.dropped.items() if reason not in (BUFFER, TIED, OVERRULED)]
     if lost:
         found.append(f"Left out of the target: {', '.join(lost)}.")
     return found

@@ -7,7 +7,8 @@ arXiv 2210.15497, section 4, and the conversion script published with it.
 import torch
 from torch import Tensor
 
-NUM_GLOBALS = 512  # rows of the table of global embeddings, whatever `num_global_tokens` is
+from ..configuration_lsg_albert import MAX_GLOBAL_TOKENS as NUM_GLOBALS
+
 GLOBAL_TABLE = "embeddings.global_embeddings.weight"
 POSITION_TABLE = "embeddings.position_embeddings.weight"
 TOKEN_TYPE_TABLE = "embeddings.token_type_embeddings.weight"

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import AlbertConfig, PretrainedConfig, PreTrainedModel
 
 from ..configuration_lsg_albert import LSGAlbertConfig
-from .account import TWINS, base_prefix, model_class
+from .account import OVERRULED, TWINS, base_prefix, model_class
 from .files import ConversionError, SourceWeights, one_line
-from .plan import NOT_KEPT, Plan, Source, Tokens
+from .plan import NOT_KEPT, Plan, Tokens
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, TOKEN_TYPE_TABLE, WORD_TABLE
 
 Reader = Callable[[str], Tensor]  # gives a tensor by its name in the target
@@ -145,7 +145,7 @@ def load_source(plan: Plan) -> PreTrainedModel:
         config = cls.config_class.from_dict(fields)
         config._attn_implementation = "eager"
         with quiet():
-            model = load_files(cls, config, source)
+            model = load_files(cls, config, plan)
     except Exception as error:  # each release has its own for what it does not like
         raise ConversionError(
             f"transformers cannot load {source.folder} as {cls.__name__}, to compare with: {one_line(error)}. "
@@ -154,9 +154,9 @@ def load_source(plan: Plan) -> PreTrainedModel:
     return model.float().eval()
 
 
-def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, source: Source) -> PreTrainedModel:
+def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, plan: Plan) -> PreTrainedModel:
     """A model as its class reads it from the source's files, mended where releases before 5 have faults."""
-    prefix, weights = cls.base_model_prefix + ".", source.weights
+    source, prefix, weights = plan.source, cls.base_model_prefix + ".", plan.source.weights
     bare = getattr(transformers, source.family.class_name + "Model")
     names = {name: name for name in weights.shapes}
     if cls is not bare and not any(name.startswith(prefix) for name in names):
@@ -168,10 +168,12 @@ def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, source: Sou
         model = cls.from_pretrained(None, config=config, state_dict=state_dict)
     else:
         model = cls.from_pretrained(source.folder, config=config)
-    # Release 4.44 loses the bias of RoBERTa's decoder if the file has only one of its two names.
+    # Release 4.44 loses the bias of RoBERTa's decoder if the file has only one of its two names. If they contradict each
+    # other, releases before 5 do not all take the same.
     state_dict = model.state_dict()
     for name in [name for name in names.keys() & state_dict.keys() if name.endswith("bias")]:
-        state_dict[name].copy_(weights.whole(names[name]))
+        if plan.account.dropped.get(names[name]) != OVERRULED:
+            state_dict[name].copy_(weights.whole(names[name]))
     return model
 
 
@@ -265,10 +267,10 @@ def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Out
     found = {key: value for key, value in outputs.items() if isinstance(value, Tensor)}
     if with_states:
         found["last_hidden_state"] = outputs["hidden_states"][-1]
-    of_texts = {"pooler_output", "sop_logits", "seq_relationship_logits", "global_hidden_states"}
+    text_outputs = {"pooler_output", "sop_logits", "seq_relationship_logits", "global_hidden_states"}
     if name.endswith(("SequenceClassification", "MultipleChoice")):
-        of_texts.add("logits")
-    for key in found.keys() - of_texts:
+        text_outputs.add("logits")
+    for key in found.keys() - text_outputs:
         padding = (mask == 0).view(*mask.shape, *[1] * (found[key].dim() - 2))
         found[key] = found[key].masked_fill(padding, 0)
     return found

@@ -396,11 +396,11 @@ def test_profile_layer_names_the_parts(mode):
         ("addmm", {64, 32, 48}, [], "feed-forward"),
         ("gelu", {64, 48}, [], "activation"),
         ("native_layer_norm", {64, 32}, [], "norms"),
-        ("gather", {64}, [("lsg_attention", "text_attention"), ("lsg_sparsity", "gather_tokens")], "selection"),
+        ("gather", {64}, [("lsg_functional", "text_attention"), ("lsg_sparsity", "gather_tokens")], "selection"),
         ("cat", {64}, [("lsg_gather", "key_windows")], "window gathering and masks"),
         ("bmm", {64}, [("lsg_softmax", "eager_attention")], "attention kernel"),
         ("_scaled_dot_product_flash_attention_for_cpu", {64}, [], "attention kernel"),
-        ("matmul", {64}, [("lsg_attention", "global_attention")], "attention of the global tokens"),
+        ("matmul", {64}, [("lsg_functional", "global_attention")], "attention of the global tokens"),
         ("add", {64, 32}, [], "residuals, copies and the rest"),
     ],
 )

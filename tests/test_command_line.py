@@ -126,7 +126,7 @@ def test_errors_are_one_line_and_exit_code_1(source, target, tmp_path, capsys):
         ([source, source / "config.json" / "x"], "must be apart"),
         ([source, ROOT / "LICENSE" / "x"], "LICENSE"),
         ([source, tmp_path / "b", "--report", tmp_path / "no" / "report.json"], "No such file or directory"),
-        ([source, tmp_path / "b", "--max-length", "7"], "at least two blocks"),
+        ([source, tmp_path / "b", "--max-length", "7"], "must be at least 256"),
     ]
     before = fingerprint(source)
     for arguments, message in cases:

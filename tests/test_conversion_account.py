@@ -3,7 +3,7 @@
 import pytest
 
 from lsg_albert.conversion import ConversionError
-from lsg_albert.conversion.account import account_for, lsg_architecture, parameter_shapes, target_name
+from lsg_albert.conversion.account import lsg_architecture, match_tensors, parameter_shapes, target_name
 from lsg_albert.conversion.families import ALBERT, Family
 
 OTHER = Family(
@@ -60,11 +60,11 @@ def shapes(tiny_config):
 
 def test_every_tensor_is_accounted_for(shapes, tiny_config):
     source = shapes | {"albert.embeddings.position_ids": (1, 176), "sop_classifier.classifier.bias": (2,)}
-    account = account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
+    account = match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
     assert account.copied == {name: name for name in source if name != "albert.embeddings.position_ids"}
     assert account.dropped.keys() == {"albert.embeddings.position_ids"} and account.missing == []
 
-    bare = account_for(source, ALBERT, "LSGAlbertModel", tiny_config(), strict=False)
+    bare = match_tensors(source, ALBERT, "LSGAlbertModel", tiny_config(), strict=False)
     assert {*bare.copied.values(), *bare.dropped} == source.keys()
     assert bare.copied["encoder.embedding_hidden_mapping_in.bias"] == "albert.encoder.embedding_hidden_mapping_in.bias"
     assert set(bare.missing) == {"pooler.weight", "pooler.bias"}
@@ -73,10 +73,10 @@ def test_every_tensor_is_accounted_for(shapes, tiny_config):
 def test_a_tensor_under_its_second_name_goes_under_its_first(shapes, tiny_config):
     words = "albert.embeddings.word_embeddings.weight"
     source = {("predictions.decoder.weight" if name == words else name): shape for name, shape in shapes.items()}
-    account = account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
+    account = match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
     assert account.copied[words] == "predictions.decoder.weight" and account.missing == []
     with pytest.raises(ConversionError, match="lacks albert.embeddings.word_embeddings.weight"):
-        account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(tie_word_embeddings=False), strict=True)
+        match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(tie_word_embeddings=False), strict=True)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -85,12 +85,12 @@ def test_two_tensors_of_one_name_are_refused(shapes, tiny_config, strict):
     with pytest.raises(
         ConversionError, match="two tensors for albert.embeddings.word_embeddings.weight: albert.* and emb"
     ):
-        account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict)
+        match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict)
 
 
 def test_a_part_of_the_pooler_that_no_albert_has_is_named(shapes, tiny_config):
     source = shapes | {"albert.pooler.dense.weight": (32, 32)}
     with pytest.raises(ConversionError, match="tensor albert.pooler.dense.weight, which no ALBERT has"):
-        account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
-    account = account_for(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=False)
+        match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=True)
+    account = match_tensors(source, ALBERT, "LSGAlbertForMaskedLM", tiny_config(), strict=False)
     assert account.dropped == {"albert.pooler.dense.weight": "LSGAlbertForMaskedLM has no such parameter"}

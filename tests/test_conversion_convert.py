@@ -273,6 +273,16 @@ def test_what_published_files_hold_beside_the_model_is_kept_or_known(source, tar
     assert torch.equal(load(target, "LSGAlbertModel").pooler.weight, weights["albert.pooler.weight"])
 
 
+def test_of_two_biases_the_decoders_counts_as_in_transformers(source, target):
+    weights = load_file(source / "model.safetensors")
+    weights |= {"predictions.bias": torch.ones(VOCAB_SIZE), "predictions.decoder.bias": torch.full((VOCAB_SIZE,), 2.0)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert_checkpoint(source, target, **SHORT)
+    assert "predictions.bias and predictions.decoder.bias are names of one parameter" in " ".join(report.warnings)
+    assert (AlbertForMaskedLM.from_pretrained(source).predictions.decoder.bias == 2).all()
+    assert (lsg_albert.LSGAlbertForMaskedLM.from_pretrained(target).predictions.bias == 2).all()
+
+
 def damage_config(source, **fields):
     edit_json(source / "config.json", **fields)
 
@@ -360,7 +370,7 @@ def test_a_source_that_is_not_right_is_named_and_nothing_is_left(source, target,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 255}, r"`max_length` \(255\) must be at least two blocks, 256"),
+        ({"max_length": 255}, r"`max_length` \(255\) must be at least 256"),
         ({"max_length": 0}, "`max_position_embeddings` must be at least 1"),
         ({"global_positional_stride": 7}, "`stride` 7 does not work with 512 positions"),
         ({"architecture": "BertModel"}, "did you mean"),

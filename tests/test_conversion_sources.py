@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lsg_albert
 from albert_sources import edit_json
-from family_sources import LIKE_ROBERTA, LOSSLESS, NEW_HEADS, STARTS, make_model, save
+from family_sources import LIKE_ROBERTA, LOSSLESS, NEW_HEADS, STARTS, WORDS, make_model, save
 from lsg_albert.conversion import ConversionError, convert_checkpoint
 from lsg_albert.conversion import convert as convert_module
 
@@ -170,6 +170,54 @@ def test_either_name_of_a_tied_bias_or_both(tmp_path, target, family, kept):
     convert_checkpoint(source, target, **SHORT, **IDS, verify=False)
     loaded, info = lsg_albert.LSGAlbertForMaskedLM.from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"] and torch.equal(loaded.predictions.bias, bias)
+
+
+@pytest.mark.parametrize("family", BIASES)
+def test_of_two_biases_that_should_be_one_the_decoders_counts_and_is_named(tmp_path, target, family):
+    """As in transformers 5, and in 4 for RoBERTa. Nothing tells which one the file's author meant."""
+    source = save(make_model(family), tmp_path / "source")
+    first, second = BIASES[family]
+    biases = {first: torch.ones(len(WORDS)), second: torch.full((len(WORDS),), 2.0)}
+    save_file(tensors_of(source) | biases, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert_checkpoint(source, target, **SHORT, **IDS)
+    assert any(f"{first} and {second} are names of one parameter" in warning for warning in report.warnings)
+    assert report.comparison.lossless_difference < 1e-4 and first in report.dropped
+    loaded = lsg_albert.LSGAlbertForMaskedLM.from_pretrained(target)
+    assert (loaded.predictions.decoder.bias == 2).all() and loaded.predictions.decoder.bias is loaded.predictions.bias
+
+
+def test_a_decoder_that_is_not_the_words_it_is_tied_to_is_refused(tmp_path, target):
+    source = save(make_model("bert"), tmp_path / "source")
+    words = "bert.embeddings.word_embeddings.weight"
+    decoder = {"cls.predictions.decoder.weight": torch.randn_like(tensors_of(source)[words])}
+    save_file(tensors_of(source) | decoder, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=f"{words} and cls.predictions.decoder.weight are one tensor"):
+        convert_checkpoint(source, target, **SHORT, **IDS)
+    assert (
+        convert_checkpoint(source, target, architecture="BertModel", **SHORT, **IDS).dropped.keys() >= decoder.keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("distilbert", {"n_heads": 5}, r"`dim` \(32\) must be a multiple of `n_heads` \(5\)"),
+        ("distilbert", {"dim": "wide"}, "`dim` must be an integer, got 'wide'"),
+        ("distilbert", {"activation": "odd"}, "`activation` 'odd' is unknown"),
+        ("distilbert", {"dropout": 2}, "`dropout` must be a number from 0 to 1, got 2"),
+        ("bert", {"classifier_dropout": 2}, "`classifier_dropout` must be a number from 0 to 1, got 2"),
+        (
+            "bert",
+            {"num_attention_heads": 5},
+            r"`hidden_size` \(32\) must be a multiple of `num_attention_heads` \(5\)",
+        ),
+    ],
+)
+def test_fields_go_by_the_names_of_the_config(tmp_path, target, family, fields, message):
+    source = save(make_model(family, "Model"), tmp_path / "source")
+    edit_json(source / "config.json", **fields)
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, target, **SHORT, **IDS)
 
 
 def test_buffers_are_not_taken(tmp_path, target):

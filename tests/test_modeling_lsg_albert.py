@@ -449,6 +449,10 @@ def test_outputs_of_an_empty_batch_are_empty(tiny_config, head, length):
                 assert all(none.shape == (0, *some.shape[1:]) for some, none in pairs), name
     embeds = torch.zeros(0, *ids.shape[1:], 16)
     assert model(inputs_embeds=embeds, **({"decoder_input_ids": ids[:0]} if "Gen" in head else {}))[0].shape[0] == 0
+    if head != "ForMultipleChoice":
+        for rows in (0, 1):  # positions of each row, or of all
+            positions = torch.arange(length).expand(rows, length)
+            assert model(ids[:0], position_ids=positions)[0].shape[0] == 0
 
 
 @pytest.mark.parametrize("head", ["Model", "ForQuestionAnswering"])

@@ -68,6 +68,28 @@ assert package.modeling_lsg_albert.LSGAlbertModel is package.LSGAlbertModel
     assert done.returncode == 0, done.stderr
 
 
+def test_exported_names_are_no_modules_whatever_has_been_imported(tmp_path):
+    """A module of the same name would take a function's place as soon as anything imports it."""
+    code = """
+import importlib, importlib.util, types
+spec = importlib.util.spec_from_file_location("lsg_albert", sys.argv[1], submodule_search_locations=[sys.argv[2]])
+package = sys.modules["lsg_albert"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+before = {name: getattr(package, name) for name in package.__all__}
+assert isinstance(before["lsg_attention"], types.FunctionType)
+for module in sys.argv[3:]:
+    importlib.import_module(f"lsg_albert.{module}")
+assert all(getattr(package, name) is value for name, value in before.items())
+from lsg_albert import LSGPattern, lsg_attention
+assert lsg_attention is before["lsg_attention"] and LSGPattern is before["LSGPattern"]
+"""
+    modules = sorted({path.stem for path in ROOT.glob("*.py")} - {"__init__", "noxfile"})
+    places = (ROOT / "__init__.py", ROOT, *modules)
+    done = run_in_new_process(code, *places, cwd=tmp_path, modules_cache=tmp_path / "modules")
+    assert done.returncode == 0, done.stderr
+    assert not set(lsg_albert.__all__) & set(modules)
+
+
 def test_names_that_stand_in_two_places_agree():
     assert set(ATTN_IMPLEMENTATIONS) == set(ATTENTION_FUNCTIONS)
     assert PYPROJECT["project"]["version"] == lsg_albert.__version__

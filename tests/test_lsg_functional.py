@@ -2,17 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import lsg_albert
 from lsg_albert import lsg_chunks
 from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
-from lsg_albert.lsg_attention import lsg_attention, lsg_attention_map
+from lsg_albert.lsg_functional import lsg_attention, lsg_attention_map
 from lsg_albert.lsg_pattern import LSGPattern
 from lsg_albert.lsg_softmax import attention_gradients, eager_attention, sdpa_attention, visibility_bias
 from lsg_albert.lsg_sparsity import hash_projections
 from oracle import oracle_attention
 
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
 IMPLEMENTATIONS = ["eager", "sdpa"]  # "flex_attention" has tests of its own
 TYPES = [None if name == "none" else name for name in SPARSITY_TYPES]
 
@@ -108,7 +111,7 @@ def test_rows_of_the_map_sum_to_one_and_give_the_context(case):
     context = lsg_attention(query, key, value, visible, pattern, projections)
     torch.testing.assert_close(attention_map.sum(-1), torch.ones_like(attention_map[..., 0]))
     torch.testing.assert_close(attention_map @ value, context)
-    masked = ~torch.nn.functional.pad(visible, (pattern.num_global_tokens, 0), value=True)
+    masked = ~F.pad(visible, (pattern.num_global_tokens, 0), value=True)
     assert (attention_map.transpose(-1, 1)[masked] == 0).all(), "a masked token was attended to"
 
 
@@ -123,7 +126,7 @@ def test_right_padding_by_whole_blocks_changes_nothing(case, blocks):
     longer = [
         torch.cat([x, torch.randn_like(x[:, :, :1]).expand(-1, -1, padding, -1)], 2) for x in (query, key, value)
     ]
-    padded = lsg_attention(*longer, torch.nn.functional.pad(visible, (0, padding)), pattern, projections)
+    padded = lsg_attention(*longer, F.pad(visible, (0, padding)), pattern, projections)
     alone = lsg_attention(query, key, value, visible, pattern, projections)
     torch.testing.assert_close(padded[:, :, : alone.shape[2]], alone)
 
@@ -177,10 +180,77 @@ def test_autocast_gives_what_half_precision_inputs_give(sparsity_type, dtype, im
     torch.testing.assert_close(actual.to(dtype), expected)
 
 
-def test_an_unknown_selection_is_named():
-    query, key, value = torch.randn(3, 1, 1, 13, 4)
-    with pytest.raises(ValueError, match="'norn' is unknown"):
-        lsg_attention(query, key, value, torch.ones(1, 12, dtype=torch.bool), LSGPattern(1, 4, "norn", 4, 2))
+def test_a_text_of_many_blocks_is_dense_attention_under_a_mask():
+    """Without a sparse part: every query sees the global tokens, its own block and one on each side; globals see all."""
+    num_globals, length, block = 2, 80, 16
+    query, key, value = torch.randn(3, 2, 4, num_globals + length, 8, dtype=torch.float64)
+    visible = torch.ones(2, length, dtype=torch.bool)
+    visible[1, 50:] = False
+    context = lsg_albert.lsg_attention(query, key, value, visible, lsg_albert.LSGPattern(num_globals, block))
+    is_global = torch.arange(num_globals + length) < num_globals
+    place = (torch.arange(num_globals + length) - num_globals) // block
+    near = (place[:, None] - place).abs() <= 1
+    seen = (near | is_global | is_global[:, None]) & F.pad(visible, (num_globals, 0), value=True)[:, None]
+    scores = query @ key.mT / 8**0.5
+    expected = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(context, expected, rtol=0, atol=1e-12)
+
+
+def test_usual_sizes_are_the_oracles():
+    pattern = LSGPattern(
+        num_global_tokens=1, block_size=128, sparsity_type="norm", sparse_block_size=128, sparsity_factor=4
+    )
+    query, key, value = torch.randn(3, 1, 2, 1 + 640, 16)
+    visible = torch.ones(1, 640, dtype=torch.bool)
+    visible[0, 600:] = False
+    context = lsg_attention(query, key, value, visible, pattern)
+    torch.testing.assert_close(context.double(), from_oracle(pattern, query, key, value, visible)[0], **FLOAT32)
+
+
+def arguments(**changed):
+    """Of a text of three blocks, with some of them changed."""
+    query, key, value = torch.randn(3, 2, 4, 1 + 12, 8)
+    usual = {"query": query, "key": key, "value": value, "visible": torch.ones(2, 12, dtype=torch.bool)}
+    return {**usual, "pattern": LSGPattern(1, 4, "pooling", 4, 2), **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"query": torch.zeros(2, 13, 8)}, r"`query` must have four dimensions.*got the shape \(2, 13, 8\)"),
+        ({"query": torch.zeros(2, 4, 13, 8, dtype=torch.long)}, "`query` must have a floating-point dtype, got torch.int64"),
+        ({"key": torch.zeros(2, 4, 12, 8)}, r"`key` must have four dimensions.*as in \(2, 4, 13, 8\)"),
+        ({"key": torch.zeros(2, 4, 13, 6)}, r"`key` must have the shape of `query`, \(2, 4, 13, 8\), got \(2, 4, 13, 6\)"),
+        ({"key": torch.zeros(2, 4, 13, 8).double()}, "`key` must have the dtype of `query`, torch.float32, got torch.float64"),
+        ({"value": torch.zeros(2, 1, 13, 8)}, r"`value` must have four dimensions.*got the shape \(2, 1, 13, 8\)"),
+        ({"value": torch.zeros(2, 4, 13, 8).half()}, "`value` must have the dtype of `query`, torch.float32, got torch.float16"),
+        ({"pattern": LSGPattern(20, 4)}, "`query` must begin with the 20 global tokens, got 13 tokens in all"),
+        ({"visible": torch.ones(2, 12)}, "`visible` must be boolean.*got torch.float32"),
+        ({"visible": torch.ones(2, 13, dtype=torch.bool)}, r"`visible` must have the shape \(batch, length\) = \(2, 12\)"),
+        ({"visible": torch.ones(2, 1, 12, dtype=torch.bool)}, r"`visible` must have the shape.*got \(2, 1, 12\)"),
+        ({"pattern": LSGPattern(1, 5)}, r"`visible` has the length 12: above 10, a text must be a multiple of `block_size` \(5\)"),
+        ({"pattern": LSGPattern(1, 4, "norn", 4, 2)}, "`sparsity_type` 'norn' is unknown"),
+        ({"pattern": LSGPattern(1, 4, "lsh", 4, 2)}, r"`projections` must be tensors of the shapes \[\(4, 8, 1\)\]"),
+        ({"implementation": "flash"}, "`implementation` 'flash' is unknown. Known are 'sdpa', 'eager', 'flex_attention'"),
+        ({"dropout": 1.5}, "`dropout` must be a number from 0 to 1, got 1.5"),
+        ({"implementation": "flex_attention", "dropout": 0.1}, '`dropout` must be 0 with "flex_attention"'),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_named(changed, message):
+    assert lsg_attention(**arguments()).shape == (2, 4, 13, 8)
+    with pytest.raises(ValueError, match=message):
+        lsg_attention(**arguments(**changed))
+
+
+def test_a_batch_without_rows_has_an_empty_context():
+    for length in (8, 12):
+        query, key, value = torch.zeros(3, 0, 4, 1 + length, 8)
+        visible = torch.ones(0, length, dtype=torch.bool)
+        assert lsg_attention(query, key, value, visible, LSGPattern(1, 4, "norm", 4, 2)).shape == query.shape
+
+
+def test_values_may_have_another_width():
+    assert lsg_attention(**arguments(value=torch.zeros(2, 4, 13, 3))).shape == (2, 4, 13, 3)
 
 
 def test_eager_and_sdpa_agree_also_without_visible_text():

@@ -190,6 +190,27 @@ def global_attention(
     return (context / total[..., None]).to(value.dtype)
 
 
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    pattern: LSGPattern,
+    projections: tuple[Tensor, ...] = (),
+    implementation: str = "sdpa",
+    dropout: float = 0.0,
+) -> Tensor:
+    """`lsg_attention` without its checks; arguments as there. In an exported graph, T is a multiple of the block size."""
+    if not is_exported() and (visible.shape[1] <= pattern.full_length or len(query) == 0):  # no rows have no blocks
+        seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
+        bias = visibility_bias(seen_by_all, query.dtype)
+        return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
+    blocks = list_blocks(visible, pattern.block_size)
+    query, key, value = (blocks.pack(x.transpose(1, 2)).transpose(0, 1) for x in (query, key, value))
+    context = block_attention(query, key, value, blocks, pattern, projections, implementation, dropout)
+    return blocks.unpack(context.transpose(0, 1)).transpose(1, 2)
+
+
 def lsg_attention(
     query: Tensor,
     key: Tensor,
@@ -203,23 +224,27 @@ def lsg_attention(
     """LSG attention of a batch of rows; plain full attention if the text is so short that all tokens see each other.
 
     Args:
-        query, key: (B, H, G + T, D). T is at most `pattern.full_length`, or a multiple of the block size. In an
-            exported graph it is always a multiple.
-        value: (B, H, G + T, E).
-        visible: (B, T) bool: which text tokens may be attended to.
-        pattern, projections, implementation, dropout: as in `block_attention`.
+        query, key: (B, H, G + T, D), floating point: for each row and head, G = `pattern.num_global_tokens` global
+            tokens, then the text. T is at most `pattern.full_length`, or a multiple of the block size.
+        value: (B, H, G + T, E), in the dtype of `query` and `key`.
+        visible: (B, T) bool: which text tokens may be attended to; False for padding, which may stand anywhere.
+        pattern: which keys a query sees.
+        projections: for "lsh" only: a tensor (H, D, R // 2) for each number of buckets R in `pattern.hash_rounds`, as
+            drawn by `hash_projections` for one call.
+        implementation: "sdpa", "eager" or "flex_attention".
+        dropout: the share of attention weights dropped, from 0 to 1; 0 with "flex_attention".
 
     Returns:
-        The context, (B, H, G + T, E).
+        The context, (B, H, G + T, E), in the dtype of `value`. Scores are divided by the square root of D.
+        A hidden token has a context too: it is hidden as a key, not as a query.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
-    if not is_exported() and visible.shape[1] <= pattern.full_length:
-        seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
-        bias = visibility_bias(seen_by_all, query.dtype)
-        return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
-    blocks = list_blocks(visible, pattern.block_size)
-    query, key, value = (blocks.pack(x.transpose(1, 2)).transpose(0, 1) for x in (query, key, value))
-    context = block_attention(query, key, value, blocks, pattern, projections, implementation, dropout)
-    return blocks.unpack(context.transpose(0, 1)).transpose(1, 2)
+    check_arguments(query, key, value, visible, pattern, implementation, dropout)
+    if visible.shape[1] > pattern.full_length:
+        check_projections(projections, pattern, key)
+    return row_attention(query, key, value, visible, pattern, projections, implementation, dropout)
 
 
 def lsg_attention_map(
@@ -233,7 +258,66 @@ def lsg_attention_map(
     """
     identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
     columns = [
-        lsg_attention(query, key, part.expand(*key.shape[:2], -1, -1), visible, pattern, projections, "eager")
+        row_attention(query, key, part.expand(*key.shape[:2], -1, -1), visible, pattern, projections, "eager")
         for part in ([identity] if is_exported() else identity.split(MAP_COLUMNS, dim=1))
     ]
     return torch.cat(columns, dim=-1)
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    pattern: LSGPattern,
+    implementation: str,
+    dropout: float,
+) -> None:
+    """Raise `ValueError` if these are not as `lsg_attention` needs them."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[:3] != query.shape[:3]:
+            like_query = "" if name == "query" or query.ndim != 4 else f", the first three as in {tuple(query.shape)}"
+            raise ValueError(
+                f"`{name}` must have four dimensions, (batch, heads, global tokens + length, head_dim){like_query}; "
+                f"got the shape {tuple(x.shape)}."
+            )
+        if not x.is_floating_point() or x.dtype != query.dtype:
+            wanted = "a floating-point dtype" if name == "query" else f"the dtype of `query`, {query.dtype}"
+            raise ValueError(f"`{name}` must have {wanted}, got {x.dtype}.")
+    if key.shape != query.shape:
+        raise ValueError(f"`key` must have the shape of `query`, {tuple(query.shape)}, got {tuple(key.shape)}.")
+    num_globals, num_tokens = pattern.num_global_tokens, query.shape[2]
+    if num_tokens < num_globals:
+        raise ValueError(f"`query` must begin with the {num_globals} global tokens, got {num_tokens} tokens in all.")
+    shape = query.shape[0], num_tokens - num_globals
+    if visible.dtype != torch.bool:
+        raise ValueError(f"`visible` must be boolean, True for tokens that may be attended to, got {visible.dtype}.")
+    if tuple(visible.shape) != shape:
+        raise ValueError(
+            f"`visible` must have the shape (batch, length) = {shape}, that of `query` without the "
+            f"{num_globals} global tokens, got {tuple(visible.shape)}."
+        )
+    length, block_size = visible.shape[1], pattern.block_size
+    if length > pattern.full_length and length % block_size:
+        raise ValueError(
+            f"`visible` has the length {length}: above {pattern.full_length}, a text must be a multiple of "
+            f"`block_size` ({block_size}). Append hidden tokens (False in `visible`)."
+        )
+    if implementation not in ATTENTION_FUNCTIONS:
+        known = ", ".join(map(repr, ATTENTION_FUNCTIONS))
+        raise ValueError(f"`implementation` {implementation!r} is unknown. Known are {known}.")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout}.")
+    if dropout and implementation == "flex_attention":
+        raise ValueError(f'`dropout` must be 0 with "flex_attention", which cannot drop weights, got {dropout}.')
+
+
+def check_projections(projections: tuple[Tensor, ...], pattern: LSGPattern, key: Tensor) -> None:
+    """Raise `ValueError` if there is not a projection of the right shape for each round of hashing."""
+    num_heads, head_dim = key.shape[1], key.shape[3]
+    wanted = [(num_heads, head_dim, num_buckets // 2) for num_buckets in pattern.hash_rounds]
+    if wanted and [tuple(x.shape) for x in projections] != wanted:
+        raise ValueError(
+            f"`projections` must be tensors of the shapes {wanted}, one for each of `pattern.hash_rounds`, got "
+            f"{[tuple(x.shape) for x in projections]}."
+        )
