@@ -1,6 +1,6 @@
 """Put a trained LSG-ALBERT into the repository's root, so that plain ALBERT reads it as well.
 
-    python -m pretraining.finish runs/long/final .
+    python -m pretraining.finish runs/long/final . --dtype float16
 
 It is the last step of training: `pretrain_mlm` trains a short ALBERT, `lsg-albert convert --mask-first-token` makes it
 an LSG-ALBERT, and `pretrain_mlm` trains that at full length. Needs the package (`pip install .`).
@@ -21,6 +21,7 @@ from lsg_albert import LSGAlbertForMaskedLM
 from pretraining.training_support import write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @torch.no_grad()
@@ -40,16 +41,21 @@ def fold_global_into_cls(model: LSGAlbertForMaskedLM, cls_token_id: int) -> None
     embeddings.word_embeddings.weight[cls_token_id] = embeddings.global_embeddings.weight[0] - first
 
 
-def finish(source: Path, target: Path) -> None:
-    """Write the weights and the configuration of the model in `source` into `target`."""
+def finish(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the weights and the configuration of the model in `source` into `target`.
+
+    The weights may be rounded to a smaller type in the file. They load as float32, which the configuration asks for.
+    """
     model = LSGAlbertForMaskedLM.from_pretrained(source)
     fold_global_into_cls(model, model.config.bos_token_id)
-    model.config.hidden_act = "gelu_new"  # trained with its fused equal; this is the name every ALBERT reader knows
+    if model.config.hidden_act == "gelu_pytorch_tanh":
+        model.config.hidden_act = "gelu_new"  # the same function; this is the name that every ALBERT reader knows
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         weights = load_file(Path(folder) / WEIGHTS)
         # The same parameter by its other name: transformers' own ALBERT, in 4.44 and 4.48, takes it from there alone.
         weights["predictions.decoder.bias"] = weights.pop("predictions.bias")
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
         write_atomically(target / WEIGHTS, serialize(weights, metadata={"format": "pt"}))
         write_atomically(target / CONFIG, (Path(folder) / CONFIG).read_bytes())
 
@@ -58,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="directory of the trained model")
     parser.add_argument("target", type=Path, help="directory to write config.json and model.safetensors into")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (default: float32)")
     args = parser.parse_args(argv)
     try:
-        finish(args.source, args.target)
+        finish(args.source, args.target, getattr(torch, args.dtype))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

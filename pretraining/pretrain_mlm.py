@@ -16,7 +16,6 @@ import datetime
 import functools
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from pretraining.corpus import CorpusError, is_drawn, read_ids
 from pretraining.initial_weights import POSITION_DIMS, extend_positions, look_at_neighbours, unshare_layers
 from pretraining.masking import IGNORED, Masker
 from pretraining.token_cache import cut_pieces, load_tokens
-from pretraining.training_support import Arguments, MarkComplete, last_checkpoint, write_atomically
+from pretraining.training_support import Arguments, MarkComplete, copy_tokenizer, last_checkpoint, write_atomically
 from pretraining.word_vectors import set_word_embeddings
 
 
@@ -337,13 +336,6 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are: saved by transformers 5, they are without ``spiece.model``."""
-    for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +19,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each has its own
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they are: saved by transformers 5, they are without ``spiece.model``."""
+    for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def check_same_run(output: Path, arguments: dict) -> None:

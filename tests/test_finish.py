@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AlbertForMaskedLM
 
 from conftest import TINY
@@ -39,6 +40,17 @@ def test_finished_model_is_the_trained_one_and_plain_alberts_equal(trained, tmp_
     for ids in (SHORT, torch.cat([SHORT[:, :1], torch.randint(5, 120, (1, 100))], dim=1)):
         torch.testing.assert_close(logits(root, ids)[..., others], logits(trained, ids)[..., others])
     torch.testing.assert_close(logits(root, SHORT, AlbertForMaskedLM), logits(root, SHORT), rtol=1e-5, atol=1e-5)
+
+
+def test_a_smaller_file_loads_as_float32(trained, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    assert finish.main([str(trained), str(root), "--dtype", "float16"]) == 0
+    assert {weight.dtype for weight in load_file(root / "model.safetensors").values()} == {torch.float16}
+    for model_class in (LSGAlbertForMaskedLM, AlbertForMaskedLM):
+        assert model_class.from_pretrained(root).dtype == torch.float32
+    others = [token for token in range(120) if token != 2]
+    torch.testing.assert_close(logits(root, SHORT)[..., others], logits(trained, SHORT)[..., others], rtol=0, atol=5e-3)
 
 
 def test_a_model_that_reads_cls_is_refused(tmp_path, capsys):

@@ -1,0 +1,171 @@
+"""Whether a model uses distant text: the first half of a document for the second, and a name that was stated at the top.
+
+    python -m pretraining.far_text CORPUS ... --exclude-ids HELD_OUT ... --model . --output runs/far_text
+
+Both measurements compare the same predictions with and without the distant text, which is hidden by the attention mask or
+left out, for every selection of sparse tokens. Writes ``OUTPUT.json`` after every row, and ``OUTPUT.md`` at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pretraining.corpus import CorpusError, read_ids
+from pretraining.extrapolation import SELECTIONS, SPECIAL, Segments, choose_segments, difference, hide, metrics
+from pretraining.masking import IGNORED, Masker
+from pretraining.pretrain_mlm import masked_lm_forward, score
+from pretraining.token_cache import load_tokens
+from pretraining.training_support import describe_machine, write_atomically
+
+STATEMENT, QUESTION = "The name of the old captain was {}.", "Remember that the name of the old captain was {}."
+NAMES = "james mary george anna henry alice charles jane william robert edward emma thomas arthur john peter".split()
+
+
+def second_half(segments: Segments, window: int) -> Segments:
+    """The same text; only tokens of its second half are to be predicted, `window` tokens or more from the first."""
+    labels = segments.labels.copy()
+    labels[:, : labels.shape[1] // 2 + window] = IGNORED
+    return dataclasses.replace(segments, labels=labels)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, segments: Segments, hidden_tokens: int, cls_id: int, sep_id: int) -> np.ndarray:
+    """Sums of loss, top-1 and top-5 hits and targets of each segment, shape ``(segments, 4)``.
+
+    Args:
+        hidden_tokens: how many tokens at the start of each segment the attention mask hides.
+    """
+    sums = []
+    for hidden, labels in zip(segments.hidden, segments.labels, strict=True):
+        input_ids = torch.from_numpy(np.array([[cls_id, *hidden, sep_id]]))
+        targets = torch.from_numpy(np.array([[IGNORED, *labels, IGNORED]]))
+        mask = torch.ones_like(input_ids)
+        mask[:, 1 : 1 + hidden_tokens] = 0
+        outputs = masked_lm_forward(model, input_ids, targets, attention_mask=mask)
+        sums.append(score(outputs["logits"], outputs["targets"]))
+    return torch.stack(sums).numpy()
+
+
+def needle_segments(fillers: np.ndarray, tokenizer: PreTrainedTokenizerBase, stated: bool) -> Segments:
+    """Texts of the fillers' length that end with a masked name; with `stated`, they begin with that name.
+
+    Args:
+        fillers: token ids, shape ``(segments, length)``.
+
+    Raises:
+        ValueError: a name is more than one piece of the vocabulary.
+    """
+    hidden, labels = [], []
+    for index, filler in enumerate(fillers):
+        name = NAMES[index % len(NAMES)]
+        statement, question = (
+            tokenizer(sentence.format(word), add_special_tokens=False)["input_ids"]
+            for sentence, word in ((STATEMENT, name), (QUESTION, tokenizer.mask_token))
+        )
+        answer = tokenizer(name, add_special_tokens=False)["input_ids"]
+        if len(answer) != 1:
+            raise ValueError(f"the name {name!r} must be one piece of the vocabulary, is {len(answer)}.")
+        text = np.array([*(statement if stated else []), *filler])[: len(filler) - len(question)]
+        hidden.append(np.array([*text, *question]))
+        labels.append(np.where(hidden[-1] == tokenizer.mask_token_id, answer[0], IGNORED))
+    return Segments(np.stack(hidden), np.stack(labels))
+
+
+def compare(with_text: np.ndarray, without: np.ndarray) -> dict[str, float]:
+    """Both sides' metrics, and what the distant text changes of the loss."""
+    sides = {"with": metrics(with_text), "without": metrics(without)}
+    row = {f"{name}_{side}": value for side, values in sides.items() for name, value in values.items()}
+    return row | difference(with_text, without)
+
+
+def format_table(report: dict) -> str:
+    lines = []
+    for name, title in (
+        ("half", "the second half, with and without the first"),
+        ("needle", "a name stated at the top"),
+    ):
+        lines += [
+            f"### Predicting {title}",
+            "",
+            "| selection | loss with | loss without | difference (standard error) | top 1 with | top 1 without |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in report[name]:
+            lines.append(
+                "| {selection} | {loss_with:.3f} | {loss_without:.3f} | {difference:+.3f} ({standard_error:.3f}) | "
+                "{top1_with:.1%} | {top1_without:.1%} |".format_map(row)
+            )
+        lines.append("")
+    facts = (
+        f"{report['segments']} held-out segments of {report['length']:,} tokens; {report['half'][0]['masked_tokens_with']:,} "
+        f"masked tokens in second halves; seed {report['seed']}; float32 on {report['on']}; transformers "
+        f"{report['transformers']}, PyTorch {report['torch']}."
+    )
+    return "\n".join(lines) + f"\n{facts}\n\n```text\n{report['command']}\n```\n"
+
+
+def run(args: argparse.Namespace, command: str) -> dict:
+    """Measure every selection; the report is on disk after each."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    corpora = [load_tokens(path, tokenizer, args.cache or args.output.parent / "tokens") for path in args.corpus]
+    tokens = choose_segments(corpora, read_ids(args.exclude_ids), args.length - SPECIAL, args.segments, args.seed)
+    segments = hide(tokens, Masker.for_tokenizer(tokenizer), args.seed)
+    report = {"command": command, "seed": args.seed, "segments": args.segments, "length": args.length}
+    report |= describe_machine() | {"half": [], "needle": []}
+    ids = tokenizer.cls_token_id, tokenizer.sep_token_id
+    for selection in SELECTIONS:
+        model = AutoModelForMaskedLM.from_pretrained(
+            args.model, trust_remote_code=True, sparsity_type=selection
+        ).eval()
+        scored = second_half(segments, 2 * model.config.block_size)  # a token's own block and the one before it
+        sides = [evaluate(model, scored, hidden, *ids) for hidden in (0, tokens.shape[1] // 2)]
+        report["half"].append({"selection": selection} | compare(*sides))
+        sides = [evaluate(model, needle_segments(tokens, tokenizer, stated), 0, *ids) for stated in (True, False)]
+        report["needle"].append({"selection": selection} | compare(*sides))
+        print(report["half"][-1], report["needle"][-1], file=sys.stderr, flush=True)
+        write_atomically(args.output.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.output.with_suffix(".md"), format_table(report).encode())
+    return report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
+    parser.add_argument("--exclude-ids", nargs="+", required=True, help="files with one held-out document id per line")
+    parser.add_argument("--model", required=True, help="directory of an LSG-ALBERT with its tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="the reports' path, without .json and .md")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: tokens, beside OUTPUT")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a segment, [CLS] and [SEP] included")
+    parser.add_argument("--segments", type=int, default=64, help="drawn evenly from the corpora")
+    parser.add_argument("--seed", type=int, default=12_345, help="of the text and of what is masked in it")
+    args = parser.parse_args(argv)
+    if args.length <= SPECIAL or args.segments < 1:
+        parser.error(f"--length must be above {SPECIAL}, --segments at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    command = shlex.join(["python", "-m", "pretraining.far_text", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        report = run(args, command)
+    except (CorpusError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(format_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
