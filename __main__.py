@@ -79,7 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     conversion.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
     conversion.add_argument("target", metavar="TARGET", help="the directory to make")
     groups = add_options(conversion)
-    groups[PLACES].add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON too")
+    groups[PLACES].add_argument(
+        "--report", type=Path, metavar="FILE", help="also write the report to this file, as JSON"
+    )
     conversion.set_defaults(run=convert)
     onnx = commands.add_parser(
         "export-onnx",
@@ -88,9 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     onnx.add_argument("model", metavar="MODEL", help="a directory, or the name of a repository on the Hub")
     onnx.add_argument("file", metavar="FILE", type=Path, help="the file to write, or to replace")
-    onnx.add_argument(
-        "--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel; by default the model's"
-    )
+    onnx.add_argument("--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel (default: the model's)")
     onnx.set_defaults(run=export_onnx)
     return parser
 

@@ -14,7 +14,7 @@ from ..lsg_pattern import LSGPattern
 DTYPES = ("float32", "float16", "bfloat16")
 
 CONVERSION = "conversion"
-PATTERN = "attention pattern, by default that of an LSG source, else as given"
+PATTERN = "attention pattern (default: that of an LSG source, otherwise as shown)"
 PLACES = "reading and writing"
 
 
@@ -32,14 +32,14 @@ def _option(default: Any, text: str, group: str = CONVERSION, flag: str | None =
     if isinstance(default, bool):
         argument["action"] = f"store_{not default}".lower()
     elif default is not None:
-        text += f" ({default})"
+        text += f" (default: {default})"
     return field(default=default, metadata={"group": group, "flag": flag, "argument": {**argument, "help": text}})
 
 
 def _parameter(default: Any, kind: Callable[[str], Any], text: str) -> Any:
     """A field of `LSGAlbertConfig`, whose default is named but left to that class, as the check of the value is."""
     argument = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
-    argument |= {"help": f"{text} ({default})", "default": argparse.SUPPRESS}
+    argument |= {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
     return field(default=UNSET, metadata={"group": PATTERN, "flag": None, "argument": argument})
 
 
@@ -60,50 +60,71 @@ class ConversionOptions:
     Values are checked where they are used, `dtype` here (ValueError).
     """
 
-    max_length: int = _option(4096, "longest text, in tokens", type=int, metavar="N")
+    max_length: int = _option(4096, "length of the longest text in tokens", type=int, metavar="N")
     architecture: str | None = _option(
-        None, "AlbertForX, LSGAlbertForX or that of the family; by default the source's", metavar="CLASS"
+        None,
+        "class of TARGET: AlbertForX, LSGAlbertForX or the family's ForX (default: the source's)",
+        metavar="CLASS",
     )
-    random_global_init: bool = _option(False, "global tokens from random words, not [MASK]")
-    global_positional_stride: int = _option(64, "positions from one global token to the next", type=int, metavar="N")
-    keep_first_global_token: bool = _option(False, "keep an LSG source's first global token, remake the others")
-    resize_lsg: bool = _option(False, "keep an LSG source's global tokens, change its positions")
-    use_token_type: bool = _option(True, "leave token type 0 out of global tokens", flag="--no-token-type")
-    seed: int = _option(0, "of all that is drawn", type=int, metavar="N")
-    dtype: str | None = _option(None, "of the result's weights; by default the source's", choices=DTYPES)
-    bos_token_id: int | None = _option(None, "token of the first global token", type=int, metavar="ID")
-    mask_token_id: int | None = _option(None, "token of the other global tokens", type=int, metavar="ID")
+    random_global_init: bool = _option(False, "make the global tokens from random words (default: from [MASK])")
+    global_positional_stride: int = _option(
+        64, "distance of the positions of two global tokens", type=int, metavar="N"
+    )
+    keep_first_global_token: bool = _option(False, "LSG sources: keep the first global token and remake the others")
+    resize_lsg: bool = _option(False, "LSG sources: keep the global tokens and change only the length")
+    use_token_type: bool = _option(True, "do not add token type 0 to the global tokens", flag="--no-token-type")
+    seed: int = _option(0, "random seed", type=int, metavar="N")
+    dtype: str | None = _option(None, "data type of the weights (default: the source's)", choices=DTYPES)
+    bos_token_id: int | None = _option(
+        None, "token that the first global token is made from (default: the tokenizer's [CLS])", type=int, metavar="ID"
+    )
+    mask_token_id: int | None = _option(
+        None,
+        "token that the other global tokens are made from (default: the tokenizer's [MASK])",
+        type=int,
+        metavar="ID",
+    )
 
     block_size: int = _parameter(
-        128, int, f"tokens per block; a token sees its own and {LSGPattern.neighbours} on each side"
+        128, int, f"tokens in a block; a token sees its own block and {LSGPattern.neighbours} on each side"
     )
     sparse_block_size: int | None = _parameter(
         128, _or_none(int), "sparse tokens seen on each side of the local window; 0 or none for no sparse part"
     )
     sparsity_factor: int = _parameter(
-        2, int, "how many tokens one sparse token stands for; divides the block size; 0 for no sparse part"
+        2, int, "tokens that one sparse token stands for; must divide the block size; 0 for no sparse part"
     )
     sparsity_type: str | None = _parameter(
         "norm", _or_none(str), "norm, pooling, lsh, stride, block_stride, bos_pooling, or none for no sparse part"
     )
-    num_global_tokens: int = _parameter(1, int, "tokens that see and are seen by all, 1 to 512")
+    num_global_tokens: int = _parameter(
+        1, int, "number of global tokens, which see and are seen by all tokens; 1 to 512"
+    )
     mask_first_token: bool = _parameter(
-        False, bool, "hide [CLS] as a key; a global token made from it takes its part; usual for sentence-transformers"
+        False,
+        bool,
+        "hide [CLS] as a key, so that the first global token replaces it; always on for sentence-transformers unless given",
     )
     pool_with_global: bool = _parameter(True, bool, "the first output is that of the first global token")
-    adaptive: bool = _parameter(True, bool, "pad inputs to whole blocks, and take that padding out of the outputs")
-    pack_padding: bool = _parameter(True, bool, "leave out whole blocks of padding behind the texts of a batch")
-    lsh_num_pre_rounds: int = _parameter(1, int, "hashing rounds of lsh before the last one")
-    lsh_seed: int | None = _parameter(0, _or_none(int), "of lsh's random projections; none draws them anew each time")
-    pass_global_tokens_to_decoder: bool = _parameter(True, bool, "a decoder attends to the global tokens' states too")
+    adaptive: bool = _parameter(True, bool, "pad inputs to whole blocks, and remove this padding from the outputs")
+    pack_padding: bool = _parameter(True, bool, "skip whole blocks of padding behind the texts of a batch")
+    lsh_num_pre_rounds: int = _parameter(1, int, "lsh: number of hashing rounds before the last one")
+    lsh_seed: int | None = _parameter(
+        0, _or_none(int), "lsh: seed of the random projections; none for new ones in each call"
+    )
+    pass_global_tokens_to_decoder: bool = _parameter(True, bool, "let a decoder also attend to the global tokens")
 
-    revision: str | None = _option(None, "branch, tag or commit of a source on the Hub", PLACES, metavar="NAME")
-    token: str | None = _option(None, "for the Hub; by default the one that you are logged in with", PLACES)
+    revision: str | None = _option(
+        None, "branch, tag or commit of a source on the Hub (default: main)", PLACES, metavar="NAME"
+    )
+    token: str | None = _option(None, "access token for the Hub (default: the one you are logged in with)", PLACES)
     overwrite: bool = _option(False, "replace TARGET if it exists", PLACES)
-    verify: bool = _option(True, "do not compare TARGET with SOURCE", PLACES, "--no-verify")
-    max_shard_size: str = _option("5GB", "largest file of weights", PLACES, metavar="SIZE")
-    push_to_hub: str | None = _option(None, "upload TARGET to the Hub", PLACES, metavar="REPOSITORY")
-    private: bool = _option(False, "make the repository on the Hub a private one", PLACES)
+    verify: bool = _option(True, "skip the comparison of TARGET with SOURCE", PLACES, "--no-verify")
+    max_shard_size: str = _option("5GB", "size of the largest file of weights", PLACES, metavar="SIZE")
+    push_to_hub: str | None = _option(
+        None, "upload TARGET to this repository on the Hub", PLACES, metavar="REPOSITORY"
+    )
+    private: bool = _option(False, "make the repository on the Hub private", PLACES)
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:

@@ -355,7 +355,7 @@ def find_warnings(plan: Plan, tokens: Tokens) -> list[str]:
             "The source is an LSG model already, and its global tokens are made anew. `--resize-lsg` keeps them."
         )
     if account.missing:
-        found.append(f"The source has no {', '.join(account.missing)}: drawn at random, train them before use.")
+        found.append(f"The source has no {', '.join(account.missing)}: initialized at random, train them before use.")
     for name in [name for name, reason in account.dropped.items() if reason == OVERRULED]:
         found.append(
             f"{name} and {account.copied[BIAS]} are names of one parameter, but their values differ: those of the second "

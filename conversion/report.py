@@ -69,7 +69,7 @@ class Report:
             "parameters": f"{self.parameters_before:,} -> {self.parameters_after:,} ({added:+,})",
             "global tokens": self.global_tokens,
             "dropped": "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items()) or "nothing",
-            "drawn": ", ".join(self.drawn) or "nothing",
+            "random": ", ".join(self.drawn) or "nothing",
             **({"modules": ", ".join(self.modules)} if self.modules else {}),
             **({"differences": " ".join(self.differences)} if self.differences else {}),
             **self._comparison_rows(),
@@ -88,7 +88,8 @@ class Report:
             "short text": f"{text}, {seen.tokens} tokens",
             "lossless setting": f"largest difference {seen.lossless_difference:.1e} (below {LOSSLESS:.0e})"
             + ("" if seen.lossless_global_token == "stored" else ", with [CLS] put in global token 0 for the check"),
-            "chosen setting": f"largest difference {seen.chosen_difference:.1e}",
+            "chosen setting": f"largest difference {seen.chosen_difference:.1e}, cosine similarity of the last hidden "
+            f"states {seen.chosen_cosine:.4f} (mean; 1 is equal)",
         }
         for name, top5 in (("source's top 5", seen.source_top5), ("target's top 5", seen.target_top5)):
             if top5 is not None:

@@ -40,6 +40,7 @@ class Comparison:
     lossless_difference: float
     lossless_global_token: str  # "stored", or "computed" where the stored one is meant to differ from [CLS]
     chosen_difference: float
+    chosen_cosine: float  # of the last hidden states of the same token in both, mean over all tokens
     source_top5: list[tuple[str, float]] | None
     target_top5: list[tuple[str, float]] | None
     full_length: int
@@ -86,6 +87,7 @@ def compare(plan: Plan, tokens: Tokens, made: Mapping[str, Tensor], folder: Path
         lossless_difference=difference,
         lossless_global_token=global_token,
         chosen_difference=largest_difference(outputs, as_it_was),
+        chosen_cosine=mean_cosine(outputs, as_it_was, inputs["attention_mask"]),
         source_top5=top5(plan, tokens, as_it_was, input_ids),
         target_top5=top5(plan, tokens, outputs, input_ids),
         full_length=plan.config.max_position_embeddings,
@@ -131,7 +133,7 @@ def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
 
 
 def load_source(plan: Plan) -> PreTrainedModel:
-    """The source as its own class reads it from its own files: a model in float32, without head if that is drawn anew.
+    """The source as its own class reads it from its own files: a model in float32, without head if that is new.
 
     Nothing of the conversion is in it, so that a wrong name or rule shows.
 
@@ -279,6 +281,12 @@ def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Out
 def largest_difference(outputs: Outputs, reference: Outputs) -> float:
     """Between two models' outputs of the same names."""
     return max(float((outputs[name] - reference[name]).abs().max()) for name in reference)
+
+
+def mean_cosine(outputs: Outputs, reference: Outputs, attention_mask: Tensor) -> float:
+    """Cosine similarity of two models' last hidden states (batch, length, hidden), mean over the real tokens."""
+    states, others = outputs["last_hidden_state"], reference["last_hidden_state"]
+    return float(torch.cosine_similarity(states, others, dim=-1)[attention_mask.bool()].mean())
 
 
 def lossless_difference(

@@ -70,7 +70,7 @@ def test_every_lsg_parameter_has_an_option_with_a_description(capsys):
     text = " ".join(capsys.readouterr().out.split())
     parameters = inspect.signature(LSGAlbertConfig.__init__).parameters
     for name in LSG_FIELDS:
-        assert re.search(rf"--{name.replace('_', '-')} .*\w.*\({parameters[name].default}\)", text), name
+        assert re.search(rf"--{name.replace('_', '-')} .*\w.*\(default: {parameters[name].default}\)", text), name
 
 
 # What the command has imported when it has answered.

@@ -26,7 +26,7 @@ def test_the_pattern_is_that_of_the_configuration():
     assert tuple(options) == LSG_FIELDS
     for name, option in options.items():
         assert option.type == parameters[name].annotation, name
-        assert option.metadata["argument"]["help"].endswith(f"({parameters[name].default})"), name
+        assert option.metadata["argument"]["help"].endswith(f"(default: {parameters[name].default})"), name
 
 
 def test_the_command_line_without_options_gives_the_defaults(parser):

@@ -1,12 +1,14 @@
 """The comparison of a target with its source: what it finds, and what it refuses."""
 
 import pytest
+import torch
 import transformers
 from transformers import AlbertForMaskedLM
 
 from albert_sources import make_albert, save
 from lsg_albert.conversion import ConversionError, convert_checkpoint
 from lsg_albert.conversion import convert as convert_module
+from lsg_albert.conversion.verify import mean_cosine
 
 SHORT = {"max_length": 64, "block_size": 16}
 
@@ -15,6 +17,18 @@ def test_verification_holds_for_all_ways_to_make_globals(masked_lm, tmp_path):
     for i, options in enumerate(({"use_token_type": False}, {"random_global_init": True})):
         report = convert_checkpoint(masked_lm, tmp_path / str(i), **SHORT, **options)
         assert report.comparison.lossless_difference < 1e-4
+
+
+def test_the_similarity_is_that_of_the_last_states_without_padding(masked_lm, target):
+    equal = convert_checkpoint(masked_lm, target, **{**SHORT, "block_size": 32}, mask_first_token=True).comparison
+    assert equal.chosen_cosine == pytest.approx(1, abs=1e-5)
+    report = convert_checkpoint(masked_lm, target, **SHORT, overwrite=True)
+    assert -1 <= report.comparison.chosen_cosine < 0.9999 and f"{report.comparison.chosen_cosine:.4f}" in report.text()
+
+    mask = torch.tensor([[1, 1, 0]])
+    states = {"last_hidden_state": torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])}
+    others = {"last_hidden_state": torch.tensor([[[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]])}
+    assert mean_cosine(states, others, mask) == pytest.approx((0.5**0.5 + 1) / 2)
 
 
 def test_a_foreign_tokenizer_is_named(tmp_path, target):

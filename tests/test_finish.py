@@ -50,7 +50,9 @@ def test_a_smaller_file_loads_as_float32(trained, tmp_path):
     for model_class in (LSGAlbertForMaskedLM, AlbertForMaskedLM):
         assert model_class.from_pretrained(root).dtype == torch.float32
     others = [token for token in range(120) if token != 2]
-    torch.testing.assert_close(logits(root, SHORT)[..., others], logits(trained, SHORT)[..., others], rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        logits(root, SHORT)[..., others], logits(trained, SHORT)[..., others], rtol=0, atol=5e-3
+    )
 
 
 def test_a_model_that_reads_cls_is_refused(tmp_path, capsys):
