@@ -847,11 +847,11 @@ def test_cache_of_another_batch_or_at_its_end_is_named(tiny_config):
         model(decoder_input_ids=IDS[:1, :1], cache=cache)
     with pytest.raises(ValueError, match="The decoder has no inputs"):
         model(IDS, cache=cache)
-    with pytest.raises(ValueError, match="4 tokens behind the 9 in the cache.* is 12"):
+    with pytest.raises(ValueError, match="4 tokens after the 9 in the cache.* is 12"):
         model(decoder_input_ids=IDS[:, :4], cache=cache)
     with pytest.raises(ValueError, match=r"`decoder_attention_mask` must have .*\(2, 10\)"):
         model(decoder_input_ids=IDS[:, :1], decoder_attention_mask=torch.ones(2, 1), cache=cache)
-    with pytest.raises(ValueError, match="1 tokens behind the 12 in the cache.* is 12.*`generate`"):
+    with pytest.raises(ValueError, match="1 tokens after the 12 in the cache.* is 12.*`generate`"):
         model.generate(IDS, max_new_tokens=20, eos_token_id=119, pad_token_id=0, min_new_tokens=20)
 
 
