@@ -36,7 +36,8 @@ def get_activation(name: str) -> nn.Module:
 def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
     """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product.
 
-    That takes a third of the GELU's own time. It works for a plain linear layer without hooks, in inference on the CPU. torch.compile fuses the two itself.
+    That takes a third of the GELU's own time. It works for a plain linear layer without hooks, in inference on the
+    CPU. torch.compile fuses the two itself.
     """
     is_plain = (
         type(linear) is nn.Linear
@@ -353,8 +354,9 @@ class LSGAlbertEncoder(nn.Module):
         missing = missing if length > full_length else 0
         if missing and not self.config.adaptive:
             raise ValueError(
-                f"The length {length} is above {full_length} and is not a multiple of `block_size` ({block_size}): pad "
-                "the inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
+                f"The length {length} is above {full_length} and is not a multiple of `block_size` ({block_size}): "
+                "pad the inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the "
+                "config."
             )
         return missing
 

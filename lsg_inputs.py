@@ -127,7 +127,7 @@ class PackedTexts:
     attention_mask: Tensor
 
     def unpack(self, x: Tensor | None) -> Tensor | None:
-        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...); padding after a text holds arbitrary values."""
+        """Rows (batch or 1, length, ...) -> texts (texts, longest, ...); the padding after a text holds any values."""
         return None if x is None else x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)[self.token]
 
     def pack(self, x: Tensor | None) -> Tensor | None:

@@ -170,7 +170,7 @@ def test_golden_lsg_source(shared, tmp_path):
             resize_lsg=table["resize_lsg"],
         )
         assert report.source_is_lsg and report.comparison.lossless_difference < 1e-4
-        assert any("made anew" in warning for warning in report.warnings) != table["resize_lsg"]
+        assert any("made again" in warning for warning in report.warnings) != table["resize_lsg"]
         made = load_file(tmp_path / str(i) / "model.safetensors")["albert." + MADE[0]]
         torch.testing.assert_close(made, expected[table["tensor"]], rtol=0, atol=1e-6)
         config = json.loads((tmp_path / str(i) / "config.json").read_text())
@@ -344,7 +344,7 @@ DAMAGES = {
     "foreign tensor": (lambda s: damage_weights(s, lambda w: w.update(lora=torch.ones(1))), "tensor lora.*no ALBERT"),
     "integers": (
         lambda s: damage_weights(s, lambda w: w.update({"predictions.bias": w["predictions.bias"].to(torch.int8)})),
-        "predictions.bias is of the type torch.int8",
+        "predictions.bias has the type torch.int8",
     ),
     "unknown class": (
         lambda s: damage_config(s, architectures=["AlbertForTokenClassifcation"]),

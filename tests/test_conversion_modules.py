@@ -75,11 +75,11 @@ def test_others_have_no_modules(masked_lm, target):
 @pytest.mark.parametrize(
     ("modules", "reason"),
     [
-        ("{", "is no list of modules"),
-        ("[5]", "is no list of modules"),
-        ('[{"path": ""}, {"path": "../outside"}]', "'../outside' is no folder in it"),
-        ('[{"path": ""}, {"path": ".."}]', "'..' is no folder in it"),
-        ('[{"path": ""}, {"path": "/etc"}]', "'/etc' is no folder in it"),
+        ("{", "is not a list of modules"),
+        ("[5]", "is not a list of modules"),
+        ('[{"path": ""}, {"path": "../outside"}]', "'../outside' is not a folder in it"),
+        ('[{"path": ""}, {"path": ".."}]', "'..' is not a folder in it"),
+        ('[{"path": ""}, {"path": "/etc"}]', "'/etc' is not a folder in it"),
         ('[{"path": "0_Transformer"}]', "the encoder must come first"),
         ("[]", "the encoder must come first"),
     ],
