@@ -120,8 +120,8 @@ def time_ratio(numerators: Sequence[Result], denominators: Sequence[Result]) -> 
     """The sum of the numerators' times over that of the denominators' times.
 
     The ratio is taken within each round that all results have, so that a slow minute of the machine affects both
-    sides. The median of these ratios is returned. If there is no common round (one case was too slow for more than its first
-    call), it is the ratio of the sums of medians. None if one of the cases failed.
+    sides. The median of these ratios is returned. If there is no common round (one case was too slow for more than its
+    first call), it is the ratio of the sums of medians. None if one of the cases failed.
     """
     results = [*numerators, *denominators]
     if not results or any(result.error is not None for result in results):

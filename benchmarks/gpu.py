@@ -206,8 +206,8 @@ def report(store: Store, size: Size, rate: float, lengths: Sequence[int], machin
     parts += ["\n".join(f"- `{name}`: {find_contestant(name).label}" for name in names) + "\n"]
     parts += [table(["target", "measured", "limit", ""], target_rows(store, size, rate, lengths))]
     parts += [
-        "Each batch is the largest power of two that fits. Times are medians of n calls after a warm-up call. The share "
-        "of the matrix rate is that of our model's own arithmetic. Peak memory does not include the weights.\n"
+        "Each batch is the largest power of two that fits. Times are medians of n calls after a warm-up call. The "
+        "share of the matrix rate is that of our model's own arithmetic. Peak memory does not include the weights.\n"
     ]
     for mode in dict.fromkeys(result.case.mode for result in store.results):
         results = [group[-1] for group in store.groups.values() if group[-1].case.mode == mode]

@@ -4,8 +4,8 @@
     python -m benchmarks.profile_layer --dtype bfloat16 --selection pooling --mode backward
 
 Run this from the repository's root. The layer is called as the model calls it. Every operator that runs is timed.
-It is assigned to a part of the layer by the function of our `lsg_*` modules that calls it, by its name and by its sizes.
-torch's profiler then measures the layer again, independently.
+It is assigned to a part of the layer by the function of our `lsg_*` modules that calls it, by its name and by its
+sizes. torch's profiler then measures the layer again, independently.
 """
 
 import argparse

@@ -190,9 +190,9 @@ def report(results: list[Result], machine: dict, settings: dict, picture: str | 
     parts += ["\n".join(f"- `{name}`: {find_contestant(name).label}" for name in names) + "\n"]
     parts += [
         "The contestants take turns: one computes at a time, and each has its own process. Times are medians, with "
-        "the fastest and the slowest of n calls after a warm-up call (\"1, cold\": this call alone, because it took the "
-        "whole budget). Ratios are medians of the ratios within a round. Peak memory is that of a call, beyond the weights "
-        "and all other memory in use before it. The input is random ids without padding; weights are random.\n"
+        "the fastest and the slowest of n calls after a warm-up call (\"1, cold\": this call alone, because it used "
+        "up the budget). Ratios are medians of the ratios within a round. Peak memory is that of a call, beyond the "
+        "weights and all other memory in use before it. The input is random ids without padding; weights are random.\n"
     ]  # fmt: skip
     if picture is not None:
         parts += [f"![Time and memory against length]({picture})\n"]

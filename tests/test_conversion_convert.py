@@ -322,7 +322,7 @@ DAMAGES = {
     "no weights": (lambda s: (s / "model.safetensors").unlink(), "source has no weights"),
     "tensorflow": (
         lambda s: (s / "model.safetensors").rename(s / "tf_model.h5"),
-        "source has no weights.*tf_model.h5 is of another framework",
+        "source has no weights.*tf_model.h5 belongs to another framework",
     ),
     "truncated": (lambda s: truncate(s / "model.safetensors"), r"model\.safetensors is damaged"),
     "empty": (lambda s: (s / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged"),
