@@ -85,7 +85,7 @@ class Chunk(NamedTuple):
     Args:
         blocks: which blocks.
         row: (blocks,), which row of the batch each belongs to.
-        ranges: those of `KeyParts.ranged` for the first of the blocks, without the columns that no query sees.
+        ranges: the ranges of `KeyParts.ranged` for the first block, without the columns that no query sees.
         bias: (1 or H, blocks, 1, K seen), the bias of each block's window.
     """
 

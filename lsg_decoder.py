@@ -82,7 +82,7 @@ def token_positions(visible: Tensor | None, past_length: int, length: int, devic
 def shift_right(ids: Tensor, start_token_id: int | None, pad_token_id: int | None) -> Tensor:
     """The decoder's inputs (batch, length) for ids or labels (batch, length).
 
-    The ids move one place to the right, behind the start token. Padding takes the place of -100.
+    The ids move one place to the right, after the start token. Padding replaces -100.
 
     Raises:
         ValueError: `start_token_id` or `pad_token_id` is None.

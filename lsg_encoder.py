@@ -384,7 +384,7 @@ class LSGAlbertEncoder(nn.Module):
     def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
         """The projections for each call of an attention layer.
 
-        Without a seed they are drawn here, before the layers run: gradient checkpointing then computes a layer again
+        Without a seed, they are drawn here, before the layers run. So gradient checkpointing computes a layer again
         with the same projections.
         """
         if self.is_seeded:

@@ -37,7 +37,7 @@ def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float =
         parts: of N blocks.
         row: (N,), which row of the batch each block belongs to.
         pattern: what a block sees.
-        fill: what the margins hold.
+        fill: the value in the margins.
 
     Returns:
         (H, N, K, ...): the global tokens of the block's row, the sparse tokens on the left and on the right, and the

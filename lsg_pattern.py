@@ -36,7 +36,7 @@ class BlockRange(NamedTuple):
 
 @dataclass(frozen=True)
 class LSGPattern:
-    """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`. All sizes count tokens.
+    """Which keys a query sees. All fields except `neighbours` are fields of `LSGAlbertConfig`. All sizes count tokens.
 
     A text is cut into blocks. The sparse tokens that stand for a block are its image. A query sees all global tokens,
     the text of its own block and of the neighbouring blocks (`text_range`), and the sparse tokens before and after the
@@ -108,7 +108,7 @@ class LSGPattern:
 
     @property
     def text_range(self) -> BlockRange:
-        """The text tokens that a block's queries see: those of the block and of its neighbours."""
+        """The text tokens that a block's queries see: the tokens of the block and of its neighbours."""
         return BlockRange(-self.neighbours * self.block_size, (self.neighbours + 1) * self.block_size, self.block_size)
 
     @property

@@ -192,7 +192,7 @@ def check_decoder_inputs(
     name = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
     if shape[0] != batch_size:
         raise ValueError(
-            f"`{name}` has a batch of {shape[0]}, but that of the encoder is {batch_size}: they must be the same."
+            f"`{name}` has a batch of {shape[0]}, but the encoder has a batch of {batch_size}: they must be the same."
         )
     if labels is not None and tuple(labels.shape) != shape:
         raise ValueError(

@@ -203,7 +203,7 @@ def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
     Args:
         vectors: (B, H, C, W, D). A vector of zeros gets direction 0.
         projection: (H, D, R // 2), the directions. Their opposites are numbered after them. If R is odd, the last
-            bucket stays empty, except for R = 1: there are no directions, and the only bucket takes all vectors.
+            bucket stays empty. With R = 1 there are no directions, and the only bucket takes all vectors.
 
     Returns:
         (B, H, C, W), long.

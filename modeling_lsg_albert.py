@@ -246,7 +246,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
     def _encode(
         self, inputs: Inputs, output_attentions: bool, output_hidden_states: bool | int | list[int] | None
     ) -> LSGAlbertModelOutput:
-        """The output for a batch of at least one row, each of which is one text; the inputs have been checked."""
+        """The output for a batch of at least one row. Each row is one text; the inputs have been checked."""
         given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         batch_size, length = given.shape[:2]
         # By name: tools that hook layers expect all positional arguments to be tensors.
@@ -448,14 +448,14 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
                 The encoder's inputs, as in [`LSGAlbertModel`].
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 The decoder's tokens, after those in `cache`. The default is `labels`, or else `input_ids`, moved one
-                place to the right behind `decoder_start_token_id`.
+                place to the right after `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`, *optional*):
                 1 for real tokens of the decoder, 0 for padding, which may be on either side.
             encoder_outputs (`LSGAlbertModelOutput` or `tuple`, *optional*):
-                What the encoder returned, in place of its inputs. `attention_mask` still says what is padding.
+                The encoder's outputs, in place of its inputs. `attention_mask` still marks the padding.
             cache, past_key_values (`EncoderDecoderCache`, *optional*):
                 Keys and values of the earlier tokens, as returned by the previous call; both names mean the same. If
-                they include those of the encoder's states, neither the encoder's inputs nor its outputs are needed.
+                they include the encoder's keys and values, neither the encoder's inputs nor its outputs are needed.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, embedding_size)`, *optional*):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):

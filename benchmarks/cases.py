@@ -117,7 +117,7 @@ class Result:
 
 
 def time_ratio(numerators: Sequence[Result], denominators: Sequence[Result]) -> float | None:
-    """The sum of the numerators' times over that of the denominators' times.
+    """The sum of the numerators' times, divided by the sum of the denominators' times.
 
     The ratio is taken within each round that all results have, so that a slow minute of the machine affects both
     sides. The median of these ratios is returned. If there is no common round (one case was too slow for more than its

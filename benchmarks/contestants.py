@@ -169,7 +169,7 @@ def make_longformer(size: Size, positions: int, mode: str) -> nn.Module:
     window = size.longformer_window
     config = transformers.LongformerConfig(
         **common_fields(size), **without_dropout(), attention_window=window,
-        # It pads to whole windows, and its positions begin after that of the padding token.
+        # It pads to whole windows, and its positions begin after the padding token's position.
         max_position_embeddings=round_up(positions, window) + 2, pad_token_id=1,
     )  # fmt: skip
     return getattr(transformers, "LongformerModel" if mode != "training" else "LongformerForMaskedLM")(config)

@@ -39,7 +39,7 @@ class Target:
 
     Args:
         group: targets of one group are measured together, interleaved.
-        text: what the number is.
+        text: the description of the number.
         limit: the target.
         numerators, denominators: cases whose times are added up and divided.
         quantity: "time", or "memory" for the peak beyond the weights, with one case on each side.

@@ -37,8 +37,8 @@ def convert_state_dict(
         mask_token_id: id of the mask token. The other global tokens are made from its embedding, except with
             `random_globals`.
         stride, use_token_type, random_globals, seed: see `make_global_table`.
-        keep_globals: leave the table of global tokens of an LSG-ALBERT as it is.
-        keep_first_global: leave only the first row of that table as it is.
+        keep_globals: leave an LSG-ALBERT's table of global tokens unchanged.
+        keep_first_global: leave only the first row of that table unchanged.
 
     Returns:
         The source's tensors with a new position table and a table of global tokens.

@@ -323,7 +323,7 @@ def lossless_difference(
     config = lossless_config(chosen.config, inputs["input_ids"].shape[1])
     model = build(plan.architecture, config, weights.__getitem__)
     difference = largest_difference(run(model, inputs), reference)
-    if not difference < LOSSLESS:  # also where it is NaN
+    if not difference < LOSSLESS:  # also true for NaN
         raise ConversionError(
             f"The conversion is not lossless: with `mask_first_token=True` an output differs by {difference:.2e} "
             f"from the source's, but must differ by less than {LOSSLESS:.0e}. Nothing was written."

@@ -38,7 +38,8 @@ def cooccurrences(texts: Iterable[np.ndarray], vocab_size: int, window: int) -> 
 def positive_pmi(counts: Tensor) -> Tensor:
     """How much more often than by chance two pieces occur together, as a logarithm: (vocabulary, vocabulary).
 
-    Pairs that occur less often than by chance get 0. Every count is reduced by one, so that pairs seen once have no effect.
+    Pairs that occur less often than by chance get 0. Every count is reduced by one, so that pairs seen once have no
+    effect.
     """
     frequency = counts.sum(0).clamp_min(1.0)
     ratio = (counts - 1).clamp_min(0).mul_(counts.sum()).div_(frequency[:, None]).div_(frequency[None, :])
