@@ -2,27 +2,38 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-library = pytest.importorskip("sentence_transformers", reason="these tests are about models of that library")
+pytest.importorskip("sentence_transformers", reason="these tests are about models of that library")
+pytest.importorskip("datasets", reason="that library trains with it")
+pytest.importorskip("accelerate", reason="that library trains with it")
 
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    SparseEncoder,
+)
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, CrossEntropyLoss
 
 from albert_sources import edit_json
-from family_sources import BYTES, PIECES, make_model, save, save_bytes, save_pieces, save_words
+from family_sources import BYTES, PIECES, make_model, save, save_bytes, save_pieces, save_words, use_first_layout
 from helpers import run_in_new_process
 from lsg_albert.conversion import convert_checkpoint
 
 try:
     from sentence_transformers.sentence_transformer import modules
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 except ImportError:  # before 5.4
     from sentence_transformers import models as modules
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 SHORT = {"max_length": 64, "block_size": 16}
 TEXTS = ["the river flows", "ships go up and down on the river, from the mountains into the sea.", "towns lie"]
@@ -171,18 +182,10 @@ def test_several_processes_give_the_same(converted):
 
 @pytest.mark.parametrize("settings", ["sentence_bert_config.json", "sentence_roberta_config.json"])
 def test_the_encoder_may_lie_in_a_folder_of_its_own(source, tmp_path, target, settings):
-    """As in the first models of the library, whose own config.json says nothing about the encoder."""
-    old = shutil.copytree(source, tmp_path / "old")
-    (old / "0_Transformer").mkdir()
-    for path in (path for path in old.iterdir() if path.is_file() and path.name != "modules.json"):
-        if path.name not in ("README.md", "config_sentence_transformers.json"):
-            path.rename(old / "0_Transformer" / path.name)
+    """As in the first models of the library."""
+    old = use_first_layout(shutil.copytree(source, tmp_path / "old"))
     (old / "0_Transformer" / "sentence_bert_config.json").unlink()
     (old / "0_Transformer" / settings).write_text('{"max_seq_length": 32, "do_lower_case": false}')
-    (old / "config.json").write_text('{"__version__": "0.4.1"}')
-    listed = json.loads((old / "modules.json").read_text())
-    listed[0]["path"] = "0_Transformer"
-    (old / "modules.json").write_text(json.dumps(listed))
     before = SentenceTransformer(str(old), device="cpu")
     report = convert_checkpoint(old, target, **SHORT)
     assert report.lsg_parameters["mask_first_token"] and report.modules[0] == "1_Pooling"
@@ -204,95 +207,69 @@ def test_lengths_that_the_library_passes_to_the_tokenizer_are_the_new_one(source
 
 # --- training and saving
 
-_ENCODE = """
-import numpy as np
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu", trust_remote_code=True)
-np.save(sys.argv[2], model.encode(sys.argv[3:]))
+_RUN = """
+import numpy as np, sentence_transformers
+kind, folder, result, *texts = sys.argv[1:]
+model = getattr(sentence_transformers, kind)(folder, device="cpu", trust_remote_code=True)
+pairs = [(texts[0], text) for text in texts]
+np.save(result, model.predict(pairs) if kind == "CrossEncoder" else model.encode(texts))
 """
 
 
-def training_arguments(kind: str, folder: Path, **options):
-    """The arguments of a short training by the library's own trainer."""
-    return getattr(library, f"{kind}TrainingArguments")(
+def run_elsewhere(model: SentenceTransformer | CrossEncoder, tmp_path: Path, *texts: str) -> np.ndarray:
+    """What a saved model gives in another process: embeddings of texts, or scores of the first with each."""
+    model.save_pretrained(str(tmp_path / "saved model"))
+    arguments = type(model).__name__, tmp_path / "saved model", tmp_path / "result.npy", *texts
+    done = run_in_new_process(_RUN, *arguments, cwd=tmp_path, modules_cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    return np.load(tmp_path / "result.npy")
+
+
+def train(trainer_class, arguments_class, folder: Path, rows: dict, **parts) -> None:
+    """Twelve steps with a trainer of the library, which must lower the loss."""
+    arguments = arguments_class(
         output_dir=str(folder), max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=1,
-        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", **options
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
-
-
-def falls(trainer) -> bool:
+    trainer = trainer_class(args=arguments, train_dataset=Dataset.from_dict(rows), **parts)
+    trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12 and all(np.isfinite(losses))
-    return np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_a_trained_model_is_loaded_in_another_process_with_the_same_embeddings(converted, tmp_path):
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-
+def test_a_trained_embedder_is_loaded_in_another_process_with_the_same_embeddings(converted, tmp_path):
     model = load(converted)
     before = model.encode([*TEXTS, LONG])
-    pairs = {"anchor": [str(i) for i in range(24)], "positive": [f"{59 - i} " * 40 for i in range(24)]}
-    trainer = library.SentenceTransformerTrainer(
-        model=model, train_dataset=Dataset.from_dict(pairs), loss=MultipleNegativesRankingLoss(model),
-        args=training_arguments("SentenceTransformer", tmp_path / "run"),
-    )  # fmt: skip
-    trainer.train()
-    assert falls(trainer)
-    expected = model.encode([*TEXTS, LONG])
-    assert difference(expected, before) > 1e-2
-    model.save_pretrained(str(tmp_path / "trained"))
-    result = tmp_path / "embeddings.npy"
-    arguments = tmp_path / "trained", result, *TEXTS, LONG
-    done = run_in_new_process(_ENCODE, *arguments, cwd=tmp_path, modules_cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert difference(np.load(result), expected) < 1e-5
+    rows = {"anchor": [str(i) for i in range(24)], "positive": [f"{59 - i} " * 40 for i in range(24)]}
+    kinds = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    train(*kinds, tmp_path / "run", rows, model=model, loss=MultipleNegativesRankingLoss(model))
+    after = model.encode([*TEXTS, LONG])
+    assert difference(after, before) > 1e-2
+    assert difference(run_elsewhere(model, tmp_path, *TEXTS, LONG), after) < 1e-5
 
 
-_PREDICT = """
-import numpy as np
-from sentence_transformers import CrossEncoder
-model = CrossEncoder(sys.argv[1], device="cpu", trust_remote_code=True)
-np.save(sys.argv[2], model.predict([(sys.argv[3], text) for text in sys.argv[4:]]))
-"""
-
-
-@pytest.mark.parametrize("num_labels", [1, 3])
-@pytest.mark.parametrize("saved_by", ["transformers", "the library"])
+@pytest.mark.parametrize(("num_labels", "saved_by"), [(1, "transformers"), (3, "the library")])
 def test_a_reranker_scores_as_its_source_and_learns(tmp_path, target, num_labels, saved_by):
     source = make_encoder(tmp_path / "source", head="ForSequenceClassification", num_labels=num_labels)
     before = CrossEncoder(str(source), device="cpu")
-    if saved_by == "the library":
+    if saved_by == "the library":  # which writes a modules.json since 5.4
         source = tmp_path / "saved"
         before.save_pretrained(str(source))
     convert_checkpoint(source, target, **SHORT, mask_first_token=True)
     model = CrossEncoder(str(target), device="cpu", trust_remote_code=True)
-    pairs = [(TEXTS[0], text) for text in (*TEXTS[1:], LONG)]
-    expected = before.predict(pairs[:-1])
-    assert expected.shape == ((2,) if num_labels == 1 else (2, 3))
-    assert difference(model.predict(pairs[:-1]), expected) < 1e-5
-    cut = (TEXTS[0], LONG[: len(LONG) // 2])
-    assert difference(*model.predict([pairs[-1], cut])) > 1e-5
+    pairs = [(TEXTS[0], text) for text in TEXTS]
+    scores = before.predict(pairs)
+    assert scores.shape == ((3,) if num_labels == 1 else (3, 3))
+    assert difference(model.predict(pairs), scores) < 1e-5
+    assert difference(*model.predict([(TEXTS[0], LONG), (TEXTS[0], LONG[: len(LONG) // 2])])) > 1e-5
 
-    words = [TEXTS[i % 3] for i in range(48)]
-    rows = {"query": words, "text": [f"{LONG} {word}" for word in words], "label": [i % 3 for i in range(48)]}
-    if num_labels == 1:
-        rows["label"] = [float(label == 0) for label in rows["label"]]
-    losses = __import__("sentence_transformers.cross_encoder.losses", fromlist=["losses"])
-    loss = losses.BinaryCrossEntropyLoss(model) if num_labels == 1 else losses.CrossEntropyLoss(model)
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
-
-    library.CrossEncoderTrainingArguments = CrossEncoderTrainingArguments
-    trainer = CrossEncoderTrainer(
-        model=model, train_dataset=Dataset.from_dict(rows), loss=loss,
-        args=training_arguments("CrossEncoder", tmp_path / "run"),
-    )  # fmt: skip
-    trainer.train()
-    assert falls(trainer)
-    model.save_pretrained(str(tmp_path / "trained"))
-    arguments = tmp_path / "trained", tmp_path / "scores.npy", TEXTS[0], *TEXTS[1:], LONG
-    done = run_in_new_process(_PREDICT, *arguments, cwd=tmp_path, modules_cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert difference(np.load(tmp_path / "scores.npy"), model.predict(pairs)) < 1e-5
+    labels = [i % 3 if num_labels > 1 else float(i % 3 == 0) for i in range(48)]
+    loss = (BinaryCrossEntropyLoss if num_labels == 1 else CrossEntropyLoss)(model)
+    rows = {"query": [TEXTS[i % 3] for i in range(48)], "text": [LONG] * 48, "label": labels}
+    train(CrossEncoderTrainer, CrossEncoderTrainingArguments, tmp_path / "run", rows, model=model, loss=loss)
+    found = run_elsewhere(model, tmp_path, *TEXTS, LONG)
+    assert difference(found, model.predict([*pairs, (TEXTS[0], LONG)])) < 1e-5
 
 
 def test_a_sparse_encoder_gives_the_sources_weights(tmp_path, target):
