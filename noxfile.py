@@ -13,8 +13,10 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 TORCH = "torch==2.13.0"  # installed first and alone: a range asked for beside other packages may bring another build
 OLDEST = "4.44.2"
-BETWEEN = ["4.48.3", "4.57.6", "5.0.0", "5.23.0"]
 NEWEST = TRIED["transformers"]
+A_YEAR_OLD = "4.57.6"  # with the sentence-transformers of then; each release of that takes a range of transformers
+SENTENCE_TRANSFORMERS = {NEWEST: TRIED["sentence-transformers"], A_YEAR_OLD: "5.1.2"}  # others: what pip finds to fit
+BETWEEN = ["4.48.3", A_YEAR_OLD, "5.0.0", "5.23.0"]
 OLDEST_PYTEST = PYPROJECT["tool"]["pytest"]["ini_options"]["minversion"]
 
 # What meets transformers where its releases differ; the releases in between run only these.
@@ -25,6 +27,8 @@ COMPATIBILITY_TESTS = [
 COMPATIBILITY_TESTS += [f"tests/test_conversion_{name}.py" for name in ("convert", "plan", "verify")]
 COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
 COMPATIBILITY_TESTS.append("tests/test_training_examples.py")  # and so do these
+
+EMBEDDING_TESTS = ["tests/test_sentence_transformers.py", "tests/test_embed_search.py"]
 
 nox.options.default_venv_backend = "virtualenv"
 
@@ -44,12 +48,15 @@ def tests(session: nox.Session, transformers: str) -> None:
     """The tests on one release: with the slow ones on the newest, only a part of them on those in between."""
     pytest = OLDEST_PYTEST if transformers == OLDEST else TRIED["pytest"]
     session.install(TORCH)
-    session.install(".[test]", f"transformers=={transformers}", f"peft=={TRIED['peft']}", f"pytest=={pytest}")
+    pins = [f"transformers=={transformers}", f"peft=={TRIED['peft']}", f"pytest=={pytest}"]
+    if transformers in SENTENCE_TRANSFORMERS:
+        pins.append(f"sentence-transformers=={SENTENCE_TRANSFORMERS[transformers]}")
+    session.install(".[test]", *pins)
     selection = []
     if transformers == NEWEST:
         selection = ["-m", "not gpu"]
     elif transformers in BETWEEN:
-        selection = COMPATIBILITY_TESTS
+        selection = COMPATIBILITY_TESTS + EMBEDDING_TESTS * (transformers == A_YEAR_OLD)
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
     if transformers in BETWEEN:  # a kill, after which the Trainers of the releases differ most
         session.run("python", "-m", "pytest", "-m", "slow", "tests/test_training_examples.py", "-k", "tag_tokens")
