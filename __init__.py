@@ -1,7 +1,7 @@
 """LSG-ALBERT: ALBERT with local + sparse + global attention, for documents of thousands of tokens.
 
-`lsg_attention` and `LSGPattern` are the attention alone, on plain tensors. A name is imported, with torch and
-transformers, when it is first asked for.
+`lsg_attention` and `LSGPattern` are the attention alone, on plain tensors. `import lsg_albert` imports neither torch
+nor transformers. They are imported when one of the names below is first used.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """The command line: `lsg-albert convert SOURCE TARGET` and `lsg-albert export-onnx MODEL FILE`.
 
-`python -m lsg_albert` does the same. Commands import what they need: help and wrong arguments are answered at once.
+`python -m lsg_albert` does the same. Each command imports only what it needs, so help and errors appear at once.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from .conversion.options import PLACES, add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     options = vars(make_parser().parse_args(arguments))
     del options["command"]
     run = options.pop("run")
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted, nothing is written", file=sys.stderr)
+        print("error: interrupted, nothing was written", file=sys.stderr)
         return 130
     return 0
 
@@ -36,7 +36,7 @@ def convert(report: Path | None, push_to_hub: str | None, private: bool, **optio
     from .conversion.convert import convert_checkpoint, push
 
     if not sys.stderr.isatty():
-        disable_progress_bars()  # those of downloads and uploads; ours see by themselves that there is no terminal
+        disable_progress_bars()  # for downloads and uploads; our own bars detect a terminal themselves
     if report is not None:
         check_writable(report, Path(options["target"]))
     done = convert_checkpoint(**options)
@@ -50,19 +50,19 @@ def convert(report: Path | None, push_to_hub: str | None, private: bool, **optio
 
 
 def check_writable(report_file: Path, target: Path) -> None:
-    """Refuse a place for the report before the work begins, not after."""
-    if report_file.resolve().parent != target.resolve():  # which is still to be made
+    """Raise `OSError` before the work begins if the report cannot be written."""
+    if report_file.resolve().parent != target.resolve():  # the target is created later
         with report_file.open("a"):
             pass
 
 
 def export_onnx(model: str, file: Path, architecture: str | None) -> None:
-    """Write an ONNX file and print how far it is from the model."""
+    """Write an ONNX file and print how much its outputs differ from the model's."""
     from . import onnx_export
 
     for length, difference in onnx_export.export_onnx(model, file, architecture).items():
-        print(f"{length:,} tokens: within {difference:.1e} of the model")
-    print(f"written: {file}")
+        print(f"{length:,} tokens: outputs within {difference:.1e} of the model's")
+    print(f"wrote {file}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         "or ELECTRA.",
     )
     conversion.add_argument("source", metavar="SOURCE", help="a directory, or the name of a repository on the Hub")
-    conversion.add_argument("target", metavar="TARGET", help="the directory to make")
+    conversion.add_argument("target", metavar="TARGET", help="the directory to create")
     groups = add_options(conversion)
     groups[PLACES].add_argument(
         "--report", type=Path, metavar="FILE", help="also write the report to this file, as JSON"
@@ -89,8 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write the ONNX file of an LSG-ALBERT, for texts of any length, and compare it with the model.",
     )
     onnx.add_argument("model", metavar="MODEL", help="a directory, or the name of a repository on the Hub")
-    onnx.add_argument("file", metavar="FILE", type=Path, help="the file to write, or to replace")
-    onnx.add_argument("--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel (default: the model's)")
+    onnx.add_argument("file", metavar="FILE", type=Path, help="the file to write; an existing file is replaced")
+    onnx.add_argument("--architecture", metavar="CLASS", help="LSGAlbertForX or LSGAlbertModel (default: MODEL's)")
     onnx.set_defaults(run=export_onnx)
     return parser
 

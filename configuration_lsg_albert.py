@@ -22,7 +22,7 @@ SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooli
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 MAX_GLOBAL_TOKENS = 512  # rows of the global embedding table in every published checkpoint
 
-# The fields that ALBERT does not have. A conversion takes each of them as an option and writes them all.
+# The fields that ALBERT does not have. A conversion has an option for each of them, and writes all of them.
 LSG_FIELDS = (
     "block_size",
     "sparse_block_size",
@@ -134,7 +134,7 @@ class LSGAlbertConfig(PretrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer normalizations.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout before a classifier; `None` means `hidden_dropout_prob`, whose number is then saved.
+            Dropout before a classifier; `None` means the value of `hidden_dropout_prob`, which is then saved.
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`):
             `"absolute"` adds position embeddings. ALBERT's other values give a warning and add no embeddings.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*, default to 0, 2, 3):
@@ -147,16 +147,16 @@ class LSGAlbertConfig(PretrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the masked-language-model decoder shares the word embeddings.
         block_size (`int`, *optional*, defaults to 128):
-            Tokens per block. A token sees its own block and the neighbouring ones, see [`LSGPattern`].
+            Tokens per block. A token attends to its own block and to the neighbouring ones, see [`LSGPattern`].
         sparse_block_size (`int`, *optional*, defaults to 128):
-            Sparse tokens seen on each side of the local window; 0 or `None` switches the sparse part off.
+            Sparse tokens on each side of the local window; 0 or `None` switches the sparse part off.
         sparsity_factor (`int`, *optional*, defaults to 2):
-            How many tokens one sparse token stands for; divides `block_size`. 0 or less switches the sparse part off.
+            Tokens that one sparse token stands for; must divide `block_size`. 0 or less switches the sparse part off.
         sparsity_type (`str`, *optional*, defaults to `"norm"`):
             Selection of the sparse tokens: `"norm"`, `"pooling"`, `"lsh"`, `"stride"`, `"block_stride"`,
             `"bos_pooling"`, or `"none"`/`None` for no sparse part.
         num_global_tokens (`int`, *optional*, defaults to 1):
-            Global tokens before the text, 1 to 512. They see and are seen by every token.
+            Global tokens before the text, 1 to 512. They attend to all tokens, and all tokens attend to them.
         mask_first_token (`bool`, *optional*, defaults to `False`):
             Hides the first text token ([CLS]) from all queries. A global token made from [CLS] then takes its place.
         pool_with_global (`bool`, *optional*, defaults to `True`):
@@ -172,10 +172,10 @@ class LSGAlbertConfig(PretrainedConfig):
             Seed of the random projections of `"lsh"`. With `None`, torch's global generator draws new ones in each
             forward pass.
         pass_global_tokens_to_decoder (`bool`, *optional*, defaults to `True`):
-            Whether a decoder also attends to the global tokens' last states. They come before those of the text.
+            Whether a decoder also attends to the global tokens' last states, which come before the text's states.
 
     Raises:
-        ValueError: a field has an impossible value; the message names field, value and remedy.
+        ValueError: a field has an impossible value; the message names the field, the value and a remedy.
     """
 
     model_type = "albert"
@@ -260,13 +260,13 @@ class LSGAlbertConfig(PretrainedConfig):
         self.lsh_seed = lsh_seed
         self.pass_global_tokens_to_decoder = pass_global_tokens_to_decoder
 
-        # Published checkpoints carry this value. A converter tells them from plain ALBERT by it.
+        # Published checkpoints have this value. A converter recognizes them by it.
         self.base_model_prefix = base_model_prefix
         self.auto_map = {**AUTO_MAP, **(auto_map or {})}
 
         # Without this field, `pipeline` of transformers 4.4x does not look for a tokenizer.
         kwargs["tokenizer_class"] = kwargs.get("tokenizer_class") or "AlbertTokenizer"
-        self.check_fields()  # first, because the errors of transformers 5 name neither field nor remedy
+        self.check_fields()  # first, because the errors of transformers 5 name neither the field nor a remedy
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -307,14 +307,14 @@ class LSGAlbertConfig(PretrainedConfig):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the pattern has a sparse part: type, size and factor must all ask for one."""
+        """Whether the pattern has a sparse part. Type, size and factor must all allow it."""
         return self.sparsity_type not in (None, "none") and bool(self.sparse_block_size) and self.sparsity_factor > 0
 
     def check_fields(self) -> None:
-        """Check every field, alone and against the others.
+        """Check every field by itself and together with the others.
 
         Raises:
-            ValueError: a value is impossible; the message names field, value and remedy.
+            ValueError: a value is impossible; the message names the field, the value and a remedy.
         """
         self._check_single_fields()
         self._check_sizes()
@@ -324,7 +324,7 @@ class LSGAlbertConfig(PretrainedConfig):
                 "`is_decoder=True` is not supported: leave it out. LSGAlbertForConditionalGeneration has a decoder."
             )
         if self.mask_first_token and not self.pool_with_global:
-            logger.warning_once("`mask_first_token=True` needs `pool_with_global=True`, which is set.")
+            logger.warning_once("`mask_first_token=True` needs `pool_with_global=True`. It is set to `True`.")
             self.pool_with_global = True
 
     def _check_single_fields(self) -> None:
@@ -354,8 +354,8 @@ class LSGAlbertConfig(PretrainedConfig):
         _check_name("position_embedding_type", self.position_embedding_type, _POSITION_EMBEDDING_TYPES)
         if self.position_embedding_type != "absolute":
             logger.warning_once(
-                f'`position_embedding_type="{self.position_embedding_type}"`: no position embedding is added, and '
-                'nothing takes its place. Use "absolute" for a model that knows the order of its tokens.'
+                f'`position_embedding_type="{self.position_embedding_type}"`: no position embedding is added, so '
+                'the model does not know the order of its tokens. Use "absolute" to add position embeddings.'
             )
 
     def _check_sizes(self) -> None:
@@ -378,24 +378,24 @@ class LSGAlbertConfig(PretrainedConfig):
         if is_strided and self.sparsity_factor > self.num_attention_heads:
             logger.warning_once(
                 f"`sparsity_factor` ({self.sparsity_factor}) is above `num_attention_heads` ({self.num_attention_heads}): with "
-                f'`sparsity_type="{self.sparsity_type}"` some tokens are then selected by no head.'
+                f'`sparsity_type="{self.sparsity_type}"` no head selects some of the tokens then.'
             )
 
 
 def checked_config(config: LSGAlbertConfig, is_encoder_decoder: bool) -> LSGAlbertConfig:
-    """The configuration itself if it fits an encoder-decoder model (or an encoder), else a copy that fits.
+    """The configuration itself if it fits an encoder-decoder model (or an encoder), or else a copy that fits.
 
-    So each class can be loaded from any checkpoint, whatever class the checkpoint was saved from. All fields are
-    checked, because they may have been set since the configuration was made.
+    So every class can load every checkpoint, no matter which class saved it. All fields are checked again, because
+    they may have been set since the configuration was created.
 
     Raises:
-        ValueError: a field has an impossible value, or the configuration is another model's.
+        ValueError: a field has an impossible value, or the configuration belongs to another model.
     """
     if not hasattr(config, "check_fields"):
         raise ValueError(
-            f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: take "
+            f"`config` must be an `LSGAlbertConfig`, got {type(config).__name__}: use "
             "`AutoConfig.from_pretrained(..., trust_remote_code=True)`, or `LSGAlbertConfig.from_dict(config.to_dict())` "
-            "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT of a trained ALBERT."
+            "for a new model of ALBERT's sizes. `lsg-albert convert` makes an LSG-ALBERT from a trained ALBERT."
         )
     config.check_fields()
     check_attn_implementation(config._attn_implementation)
@@ -423,7 +423,7 @@ def check_attn_implementation(name: str | None) -> None:
 
 
 def check_problem_type(name: str | None) -> None:
-    """Refuse an unknown kind of loss; None leaves the choice to the labels.
+    """Refuse an unknown kind of loss; with None, the labels decide.
 
     Raises:
         ValueError: `name` is neither None nor one of `_PROBLEM_TYPES`.
@@ -436,7 +436,7 @@ def _check_name(field: str, value: Any, known: tuple[str, ...]) -> None:
     if value in known:
         return
     nearest = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"`{field}` {value!r} is unknown: did you mean {nearest!r}? Known are {', '.join(known)}.")
+    raise ValueError(f"`{field}` {value!r} is unknown: did you mean {nearest!r}? Choose from {', '.join(known)}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def import_clone() -> None:
-    """Make the modules beside this file the package that they would be if they were installed."""
+    """Make the modules beside this file importable as `lsg_albert`, as if the package were installed."""
     root = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(
         "lsg_albert", root / "__init__.py", submodule_search_locations=[str(root)]

@@ -37,7 +37,7 @@ def is_checkpointing(model: nn.Module) -> bool:
 
 
 def find_cache(arguments: Iterable[Any]) -> Cache | None:
-    """The cache among the arguments of a step of `generate`, whatever its name; None where there is none.
+    """The cache among the arguments of a step of `generate`, under any name; None if there is none.
 
     `generate` may pass an empty cache of its own beside the caller's, so the longest cache is returned.
     """
@@ -46,10 +46,10 @@ def find_cache(arguments: Iterable[Any]) -> Cache | None:
 
 
 def as_encoder_decoder_cache(cache: Any) -> EncoderDecoderCache:
-    """A cache with a part for self-attention and one for cross-attention, from whatever a caller may pass.
+    """A cache with a part for self-attention and one for cross-attention, made from any cache that a caller may pass.
 
     Args:
-        cache: None for an empty cache; an `EncoderDecoderCache`, which is returned itself; a `DynamicCache` for the
+        cache: None for an empty cache; an `EncoderDecoderCache`, which is returned as it is; a `DynamicCache` for the
             self-attention alone; or, on transformers 4, the tuples that its `to_legacy_cache` makes.
 
     Raises:
@@ -72,7 +72,7 @@ def as_encoder_decoder_cache(cache: Any) -> EncoderDecoderCache:
 
 
 def extend_cache(cache: DynamicCache, num_entries: int) -> None:
-    """Let an empty cache take `num_entries` entries.
+    """Make room for `num_entries` entries in an empty cache.
 
     `generate` of transformers 5 makes `num_hidden_layers` entries, but each inner layer of a layer needs its own.
     """

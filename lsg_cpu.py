@@ -25,7 +25,7 @@ def can_chunk(query: Tensor, implementation: str, dropout: float) -> bool:
     """Whether to process the blocks in chunks: on the CPU, with the fused kernel, without dropout or tracing.
 
     A compiler fuses the steps itself. A trace that contains a Python function cannot be saved. With dropout, the
-    backward pass could not find out again which weights were dropped.
+    backward pass could not know which weights were dropped.
     """
     return query.device.type == "cpu" and implementation == "sdpa" and not dropout and not is_traced()
 
@@ -85,7 +85,7 @@ class Chunk(NamedTuple):
     Args:
         blocks: which blocks.
         row: (blocks,), which row of the batch each belongs to.
-        ranges: those of `KeyParts.ranged` for the first of the blocks, without the columns that no query sees.
+        ranges: the ranges of `KeyParts.ranged` for the first block, without the columns that no query sees.
         bias: (1 or H, blocks, 1, K seen), the bias of each block's window.
     """
 
@@ -132,7 +132,7 @@ class Strip(NamedTuple):
         return self.where.end + (self.num_blocks - 1) * self.where.step
 
     def margins(self) -> tuple[int, int]:
-        """How many places lie before the first token, and after the last."""
+        """The number of places before the first token, and after the last one."""
         start, length = self.where.start, self.tokens.shape[1]
         return len(range(start, min(self.end, 0))), len(range(max(start, length), self.end))
 
@@ -141,7 +141,7 @@ class Strip(NamedTuple):
         return self.tokens[:, max(self.where.start, 0) : max(self.end, 0)]
 
     def padded(self) -> Tensor:
-        """The tokens with zeros in the margins; a view where there are no margins."""
+        """The tokens with zeros in the margins; a view if there are no margins."""
         inside, margins = self.inside(), self.margins()
         return F.pad(inside, [0, 0] * (inside.ndim - 2) + [*margins]) if any(margins) else inside
 

@@ -1,10 +1,10 @@
 """The decoder of LSG-ALBERT: it uses the encoder's embeddings and layers, and adds a cross-attention to each layer.
 
 ALBERT's layers share their weights, and the decoder shares them too. So an encoder's checkpoint holds all weights of
-the decoder except the cross-attention. Source of the idea, which did best on summarization there: Rothe, Narayan and
-Severyn, "Leveraging Pre-trained Checkpoints for Sequence Generation Tasks", TACL 8, 2020.
+the decoder except the cross-attention. The idea is from Rothe, Narayan and Severyn, "Leveraging Pre-trained
+Checkpoints for Sequence Generation Tasks", TACL 8, 2020. There it worked best for summarization.
 
-Masks are boolean, True = may be attended to. Every query has keys.
+Masks are boolean, True = may be attended to. Every query has at least one key.
 """
 
 import torch
@@ -82,7 +82,7 @@ def token_positions(visible: Tensor | None, past_length: int, length: int, devic
 def shift_right(ids: Tensor, start_token_id: int | None, pad_token_id: int | None) -> Tensor:
     """The decoder's inputs (batch, length) for ids or labels (batch, length).
 
-    The ids move one place to the right, behind the start token. Padding takes the place of -100.
+    The ids move one place to the right, after the start token. Padding replaces -100.
 
     Raises:
         ValueError: `start_token_id` or `pad_token_id` is None.
@@ -91,7 +91,7 @@ def shift_right(ids: Tensor, start_token_id: int | None, pad_token_id: int | Non
         if token_id is None:
             raise ValueError(
                 f"The decoder's inputs cannot be made: the config has no `{name}`. Set `model.config.{name}` "
-                "(for the start token, `bos_token_id` does too), or give `decoder_input_ids`."
+                "(for the start token, `bos_token_id` also works), or give `decoder_input_ids`."
             )
     shifted = F.pad(ids[:, :-1], (1, 0), value=start_token_id)
     return shifted.masked_fill(shifted == -100, pad_token_id)

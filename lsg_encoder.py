@@ -34,9 +34,10 @@ def get_activation(name: str) -> nn.Module:
 
 
 def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN can compute the tanh-GELU of `linear(x)` with the product, in a third of the GELU's own time.
+    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product.
 
-    It can for a plain linear layer without hooks, in inference on the CPU. torch.compile fuses the two itself.
+    That takes a third of the GELU's own time. It works for a plain linear layer without hooks, in inference on the
+    CPU. torch.compile fuses the two itself.
     """
     is_plain = (
         type(linear) is nn.Linear
@@ -259,7 +260,7 @@ class LSGAlbertEncoder(nn.Module):
 
     Args:
         config: sizes and pattern.
-        reads_padding: whether a head uses the outputs of padding; blocks of padding are then not left out.
+        reads_padding: whether a head uses the outputs of padding. If so, blocks of padding are not left out.
     """
 
     def __init__(self, config: LSGAlbertConfig, reads_padding: bool = False):
@@ -353,8 +354,9 @@ class LSGAlbertEncoder(nn.Module):
         missing = missing if length > full_length else 0
         if missing and not self.config.adaptive:
             raise ValueError(
-                f"The length {length} is above {full_length} and no multiple of `block_size` ({block_size}): pad the "
-                "inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the config."
+                f"The length {length} is above {full_length} and is not a multiple of `block_size` ({block_size}): "
+                "pad the inputs (`pad_to_multiple_of=block_size` in the tokenizer), or set `adaptive=True` in the "
+                "config."
             )
         return missing
 
@@ -382,7 +384,7 @@ class LSGAlbertEncoder(nn.Module):
     def projections_of_calls(self) -> list[tuple[Tensor, ...]]:
         """The projections for each call of an attention layer.
 
-        Without a seed they are drawn here, before the layers run: gradient checkpointing then computes a layer again
+        Without a seed, they are drawn here, before the layers run. So gradient checkpointing computes a layer again
         with the same projections.
         """
         if self.is_seeded:
@@ -395,7 +397,7 @@ class LSGAlbertEncoder(nn.Module):
 
 
 def floats_of_bits(bits: Tensor) -> Tensor:
-    """What `bits.view(torch.float32)` gives for int32, by exact arithmetic, because ONNX has no such view.
+    """The same as `bits.view(torch.float32)` for int32, in exact arithmetic, because ONNX has no such view.
 
     It is right only for numbers that are not subnormal. The random projections hold only such numbers.
     """

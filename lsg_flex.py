@@ -1,7 +1,7 @@
-"""LSG attention by torch's FlexAttention, which reads keys in place: no key windows are built.
+"""LSG attention with torch's FlexAttention. It reads keys in place, so no key windows are built.
 
 All keys are in one list, [global | sparse | text]. A mask says which keys a query sees. A coarser mask, of tiles, lets
-the kernel skip the other keys, so that time stays linear in the length. Source of the kernel: Dong et al., "Flex
+the kernel skip the other keys, so that time stays linear in the length. The kernel is described in Dong et al., "Flex
 Attention: A Programming Model for Generating Optimized Attention Kernels", arXiv 2412.05496.
 
 Dimension key:  B rows of the batch  H heads  G global tokens  N blocks  W block_size  T = N * W text tokens

@@ -200,8 +200,8 @@ def row_attention(
     implementation: str = "sdpa",
     dropout: float = 0.0,
 ) -> Tensor:
-    """`lsg_attention` without its checks; arguments as there. In an exported graph, T is a multiple of the block size."""
-    if not is_exported() and (visible.shape[1] <= pattern.full_length or len(query) == 0):  # no rows have no blocks
+    """`lsg_attention` without its checks, with the same arguments. In an exported graph, T is a multiple of W."""
+    if not is_exported() and (visible.shape[1] <= pattern.full_length or len(query) == 0):  # no rows, no blocks
         seen_by_all = F.pad(visible, (pattern.num_global_tokens, 0), value=True)[:, None, None]  # (B, 1, 1, G + T)
         bias = visibility_bias(seen_by_all, query.dtype)
         return ATTENTION_FUNCTIONS[implementation](query, key, value, bias, dropout)
@@ -227,7 +227,7 @@ def lsg_attention(
         query, key: (B, H, G + T, D), floating point: for each row and head, G = `pattern.num_global_tokens` global
             tokens, then the text. T is at most `pattern.full_length`, or a multiple of the block size.
         value: (B, H, G + T, E), in the dtype of `query` and `key`.
-        visible: (B, T) bool: which text tokens may be attended to; False for padding, which may stand anywhere.
+        visible: (B, T) bool: which text tokens may be attended to; False for padding, which may be anywhere.
         pattern: which keys a query sees.
         projections: for "lsh" only: a tensor (H, D, R // 2) for each number of buckets R in `pattern.hash_rounds`, as
             drawn by `hash_projections` for one call.
@@ -273,7 +273,7 @@ def check_arguments(
     implementation: str,
     dropout: float,
 ) -> None:
-    """Raise `ValueError` if these are not as `lsg_attention` needs them."""
+    """Raise `ValueError` if `lsg_attention` cannot take these arguments."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4 or x.shape[:3] != query.shape[:3]:
             like_query = "" if name == "query" or query.ndim != 4 else f", the first three as in {tuple(query.shape)}"
@@ -300,12 +300,12 @@ def check_arguments(
     length, block_size = visible.shape[1], pattern.block_size
     if length > pattern.full_length and length % block_size:
         raise ValueError(
-            f"`visible` has the length {length}: above {pattern.full_length}, a text must be a multiple of "
+            f"`visible` has the length {length}: above {pattern.full_length}, the length must be a multiple of "
             f"`block_size` ({block_size}). Append hidden tokens (False in `visible`)."
         )
     if implementation not in ATTENTION_FUNCTIONS:
         known = ", ".join(map(repr, ATTENTION_FUNCTIONS))
-        raise ValueError(f"`implementation` {implementation!r} is unknown. Known are {known}.")
+        raise ValueError(f"`implementation` {implementation!r} is unknown. Choose from {known}.")
     if not 0 <= dropout <= 1:
         raise ValueError(f"`dropout` must be a number from 0 to 1, got {dropout}.")
     if dropout and implementation == "flex_attention":
@@ -313,7 +313,7 @@ def check_arguments(
 
 
 def check_projections(projections: tuple[Tensor, ...], pattern: LSGPattern, key: Tensor) -> None:
-    """Raise `ValueError` if there is not a projection of the right shape for each round of hashing."""
+    """Raise `ValueError` unless there is a projection of the right shape for each round of hashing."""
     num_heads, head_dim = key.shape[1], key.shape[3]
     wanted = [(num_heads, head_dim, num_buckets // 2) for num_buckets in pattern.hash_rounds]
     if wanted and [tuple(x.shape) for x in projections] != wanted:

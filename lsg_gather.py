@@ -1,7 +1,7 @@
 """The key windows of blocks: for each block, all keys that its queries see, side by side.
 
-How wide the windows are is said in lsg_pattern.py. The places of a window that lie before the first token or after the
-last are its margins. They hold a fill value.
+lsg_pattern.py defines how wide the windows are. A window may begin before the first token or end after the last one.
+Its places there are called margins. They hold a fill value.
 
 Dimension key:  B rows of the batch  H heads  G global tokens  T text tokens  N blocks  L sparse tokens
                 K keys per block
@@ -37,7 +37,7 @@ def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float =
         parts: of N blocks.
         row: (N,), which row of the batch each block belongs to.
         pattern: what a block sees.
-        fill: what the margins hold.
+        fill: the value in the margins.
 
     Returns:
         (H, N, K, ...): the global tokens of the block's row, the sparse tokens on the left and on the right, and the
@@ -50,7 +50,7 @@ def key_windows(parts: KeyParts, row: Tensor, pattern: LSGPattern, fill: float =
 
 
 def with_margins(tokens: Tensor, where: BlockRange, fill: float = 0) -> Tensor:
-    """What the ranges of N blocks cover, with margins: (H, N * step, ...) -> (H, size + (N - 1) * step, ...).
+    """The tokens in the ranges of N blocks, with margins: (H, N * step, ...) -> (H, size + (N - 1) * step, ...).
 
     The function does not use the number of blocks, so it is right in a graph for any number of blocks.
     """

@@ -1,4 +1,4 @@
-"""A model's inputs: checks, rows that hold several texts, batches without rows, several choices.
+"""Preparation of a model's inputs: checks, rows that hold several texts, batches without rows, several choices.
 
 `DataCollatorWithFlattening` of transformers makes rows with several texts. `PackedTexts` gives each text its own row.
 """
@@ -16,17 +16,17 @@ from .lsg_tracing import is_traced
 
 Inputs = dict[str, Tensor | None]  # of an encoder, by the names of its arguments
 
-# Other libraries' marks of where the texts of a row begin.
+# Arguments with which other libraries mark where the texts of a row begin.
 MARKS_OF_TEXTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def refuse_marks_of_texts(arguments: Collection[str]) -> None:
-    """Raise `ValueError` if names of arguments are marks of texts that this model does not read."""
+    """Raise `ValueError` if an argument marks texts in a way that this model does not support."""
     given = MARKS_OF_TEXTS & set(arguments)
     if given:
         raise ValueError(
-            f"`{min(given)}` is not supported: give `position_ids` that begin again at 0 with each text, and no other "
-            "mark of where texts are (`DataCollatorWithFlattening()` as it is by default)."
+            f"`{min(given)}` is not supported. To mark the texts of a row, give only `position_ids` that begin again "
+            "at 0 with each text, as `DataCollatorWithFlattening()` makes them by default."
         )
 
 
@@ -34,7 +34,7 @@ def check_encoder_inputs(config: LSGAlbertConfig, inputs: Inputs) -> tuple[int, 
     """Check the inputs of an encoder; return their batch size and length.
 
     Raises:
-        ValueError: an input is missing, given twice, too long or of a wrong shape.
+        ValueError: an input is missing, given twice or too long, or has a wrong shape.
     """
     input_ids, inputs_embeds = inputs["input_ids"], inputs["inputs_embeds"]
     if (input_ids is None) == (inputs_embeds is None):
@@ -57,7 +57,7 @@ def check_tokens(
     Args:
         config: of the model.
         input_ids, inputs_embeds: at least one is not None; ids are ignored if there are embeddings.
-        prefix: the beginning of the arguments' names in messages.
+        prefix: put before the arguments' names in messages.
         past_length: the number of tokens before them.
 
     Raises:
@@ -79,7 +79,7 @@ def check_tokens(
         raise ValueError(f"`{name}` has the length 0: give at least one token.")
     limit = config.max_position_embeddings
     if past_length + length > limit:
-        before = f" behind the {past_length} in the cache" if past_length else ""
+        before = f" after the {past_length} in the cache" if past_length else ""
         raise ValueError(
             f"`{name}` has {length} tokens{before}, but `max_position_embeddings` is {limit}. Truncate the text "
             "(`truncation=True, max_length=...` in the tokenizer; a smaller `max_length` in `generate`), or convert "
@@ -103,7 +103,7 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, int]) -> None:
 def has_other_than_0_and_1(mask: Tensor) -> bool:
     """Whether a float mask holds other values than 0 and 1, for instance because it is meant to be added to scores.
 
-    Integer masks are not looked at, because the processor would have to wait for the device.
+    Integer masks are not checked, because the processor would have to wait for the device.
     """
     if not mask.is_floating_point() or mask.device.type == "meta" or is_traced():
         return False
@@ -112,7 +112,7 @@ def has_other_than_0_and_1(mask: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """Where the texts are in rows that hold several.
+    """The places of texts in rows that hold several texts.
 
     Args:
         shape: (batch, length) of the rows.
@@ -139,7 +139,7 @@ class PackedTexts:
         return {name: self.unpack(x) for name, x in inputs.items()} | {"attention_mask": self.attention_mask}
 
     def pack_output(self, output: ModelOutput) -> ModelOutput:
-        """The encoder's output for such inputs, with the text's states in the rows again. Changes `output` itself."""
+        """The encoder's output for `unpack_inputs`, with the states in rows again. Changes `output` itself."""
         output.last_hidden_state = self.pack(output.last_hidden_state)
         if output.hidden_states is not None:
             output.hidden_states = tuple(map(self.pack, output.hidden_states))
@@ -153,10 +153,10 @@ def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask
         position_ids: (batch or 1, length). A row holds several texts if all positions count up by one, but begin again
             within the row, at 0 or at the first position of the row.
         given: the ids or embeddings (batch, length, ...).
-        attention_mask: (batch, length), 0 for padding. Padding belongs to the text before it, whatever its positions.
+        attention_mask: (batch, length), 0 for padding. Padding belongs to the text before it, with any positions.
 
-    Reading the positions means waiting for their device. `torch.compile` breaks its graph here if it may, and
-    `torch.export` raises an error of its own.
+    Reading the positions means waiting for their device. `torch.compile` breaks its graph here if it may.
+    `torch.export` raises its own error.
 
     Raises:
         ValueError: positions are given to a trace, which cannot read them, or a shape or the mask is wrong.
@@ -165,8 +165,8 @@ def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask
         return None
     if torch.jit.is_tracing():
         raise ValueError(
-            "`position_ids` would say whether a row holds one text or several, which a trace cannot look at: leave them "
-            "out, and each row is one text."
+            "`position_ids` tell whether a row holds one text or several, but a trace cannot read them. Leave them "
+            "out; each row is then one text."
         )
     shape = tuple(given.shape[:2])
     if attention_mask is not None:
@@ -190,12 +190,12 @@ def find_texts(position_ids: Tensor | None, given: Tensor | None, attention_mask
 
 
 def one_row(inputs: Inputs) -> Inputs:
-    """One row of zeros in place of a batch without rows. A batch of no rows has no blocks to compute."""
+    """One row of zeros in place of a batch without rows, which has no blocks to compute."""
     return {name: None if x is None else x.new_zeros(1, *x.shape[1:]) for name, x in inputs.items()}
 
 
 def without_rows(output: ModelOutput) -> ModelOutput:
-    """The encoder's output for such inputs, without its row. Changes `output` itself."""
+    """The encoder's output for `one_row`, without that row. Changes `output` itself."""
     for name, x in output.items():
         output[name] = tuple(y if y is None else y[:0] for y in x) if isinstance(x, tuple) else x[:0]
     return output

@@ -1,4 +1,4 @@
-"""The parts of heads: scores of the vocabulary, with weights that have two names, and of the order of sentences.
+"""The parts of heads: scores of the vocabulary, with weights that have two names, and scores of the sentence order.
 
 The models with heads are in modeling_lsg_albert.py.
 """
@@ -29,7 +29,7 @@ class LSGAlbertMLMHead(nn.Module):
 
     def _tie_weights(self) -> None:
         # Only transformers 4 calls this. `__init__` does not tie the two names: if they are one parameter on the meta
-        # device already, transformers 5 takes the bias for loaded even if the file has neither name.
+        # device already, transformers 5 counts the bias as loaded even if the file has neither name.
         self.decoder.bias = self.bias
 
 
@@ -53,7 +53,7 @@ def classifier_dropout(config: LSGAlbertConfig) -> nn.Dropout:
 
 
 class WithMLMHead:
-    """What a model with the head `predictions`, which shares the word embeddings, adds to `PreTrainedModel`."""
+    """Methods for a model whose head `predictions` shares the word embeddings. They extend `PreTrainedModel`."""
 
     accepts_loss_kwargs = True  # `Trainer` passes `num_items_in_batch`
     # transformers 5 reads {target: source}; transformers 4 reads only the keys.

@@ -58,7 +58,7 @@ class LSGAlbertForPreTrainingOutput(ModelOutput):
 
 
 def wants_states(selection: bool | int | list[int] | None) -> bool:
-    """Whether `output_hidden_states` asks for any states. Index 0 is the first of them, and not False."""
+    """Whether `output_hidden_states` asks for any states. Index 0 means the first states, not False."""
     return selection is not None and selection is not False
 
 
@@ -120,8 +120,8 @@ def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tenso
     Args:
         logits: (batch, labels).
         labels: (batch,) class indices; (batch, labels) of 0 and 1; or numbers.
-        problem_type: "regression", "single_label_classification" or "multi_label_classification". None takes the first
-            with a single label, else the second for integers and the third for floats.
+        problem_type: "regression", "single_label_classification" or "multi_label_classification". With None, a single
+            label means the first of these; otherwise, integers mean the second and floats the third.
 
     Raises:
         ValueError: `problem_type` is unknown.

@@ -25,7 +25,7 @@ class BlockRange(NamedTuple):
         return BlockRange(self.start + offset, self.end + offset, self.step)
 
     def columns(self, begin: int, end: int) -> "BlockRange":
-        """Of each range, the places from `begin` up to, but not including, `end`; none if `end` is below `begin`."""
+        """The places from `begin` up to, but not including, `end` in each range; none if `end` is below `begin`."""
         return BlockRange(self.start + begin, self.start + max(begin, end), self.step)
 
     def contains(self, token: Any, block: Any) -> Any:
@@ -36,11 +36,11 @@ class BlockRange(NamedTuple):
 
 @dataclass(frozen=True)
 class LSGPattern:
-    """Which keys a query sees. The fields are those of `LSGAlbertConfig`, and `neighbours`. All sizes count tokens.
+    """Which keys a query sees. All fields except `neighbours` are fields of `LSGAlbertConfig`. All sizes count tokens.
 
     A text is cut into blocks. The sparse tokens that stand for a block are its image. A query sees all global tokens,
     the text of its own block and of the neighbouring blocks (`text_range`), and the sparse tokens before and after the
-    image of this text (`sparse_ranges`), as far as there are any. Global tokens see all and are seen by all.
+    image of this text (`sparse_ranges`), if there are any. Global tokens see all tokens, and all tokens see them.
 
     Args:
         num_global_tokens: global tokens before the text, at least 1.
@@ -55,7 +55,7 @@ class LSGPattern:
         neighbours: blocks that a query sees on each side of its own, at least 1.
 
     Raises:
-        ValueError: a size is impossible; the message names field, value and remedy.
+        ValueError: a size is impossible; the message names the field, the value and a remedy.
     """
 
     num_global_tokens: int
@@ -89,7 +89,7 @@ class LSGPattern:
             raise ValueError(
                 f'`sparse_block_size` ({window}) is below `block_size` ({block}): with `sparsity_type="'
                 f'{self.sparsity_type}"` it must then divide `block_size` and be a multiple of `sparsity_factor` '
-                f'({factor}). Take such a size, one of at least `block_size`, or `sparsity_type="pooling"`.'
+                f'({factor}). Choose such a size, a size of at least `block_size`, or `sparsity_type="pooling"`.'
             )
 
     @classmethod
@@ -108,7 +108,7 @@ class LSGPattern:
 
     @property
     def text_range(self) -> BlockRange:
-        """The text tokens that a block's queries see: those of the block and of its neighbours."""
+        """The text tokens that a block's queries see: the tokens of the block and of its neighbours."""
         return BlockRange(-self.neighbours * self.block_size, (self.neighbours + 1) * self.block_size, self.block_size)
 
     @property

@@ -15,7 +15,7 @@ from .lsg_outputs import LSGAlbertModelOutput
 
 logger = logging.get_logger(__name__)
 
-# Of the arguments that `generate` passes from step to step, those that `forward` gets. `forward` refuses the last one.
+# `generate` passes arguments from step to step; `forward` gets these. It refuses the last one.
 DECODING_ARGUMENTS = (
     "attention_mask", "encoder_outputs", "decoder_attention_mask", "use_cache", "output_attentions",
     "output_hidden_states", "decoder_inputs_embeds",
@@ -43,13 +43,13 @@ def decoding_step(input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def returns_cache(model: PreTrainedModel, use_cache: bool | None, labels: Tensor | None) -> bool:
-    """Whether a forward pass returns the cache: as asked for or, with None, as the model's config says.
+    """Whether a forward pass returns the cache: `use_cache`, or with None the value in the model's config.
 
-    It never does with labels, or in training with gradient checkpointing.
+    It does not return the cache with labels, or in training with gradient checkpointing.
     """
     use_cache = (model.config.use_cache if use_cache is None else use_cache) and labels is None
     if use_cache and model.training and is_checkpointing(model):
-        logger.warning_once("`use_cache=True` does not go with gradient checkpointing. It is set to `False`.")
+        logger.warning_once("`use_cache=True` does not work with gradient checkpointing. It is set to `False`.")
         return False
     return use_cache
 
@@ -83,7 +83,7 @@ def as_model_output(encoder_outputs: ModelOutput | tuple) -> ModelOutput:
 
 
 def name_of_output(part: Tensor | tuple) -> str:
-    """The name of the encoder's output that a part of a tuple is.
+    """The name of the encoder's output that a part of a tuple holds.
 
     A tuple leaves out outputs that are None, so the place of a part does not tell its name; its dimensions do.
     In a tuple of states, those that were not selected are None.
@@ -192,7 +192,7 @@ def check_decoder_inputs(
     name = "decoder_input_ids" if inputs_embeds is None else "decoder_inputs_embeds"
     if shape[0] != batch_size:
         raise ValueError(
-            f"`{name}` has a batch of {shape[0]}, but that of the encoder is {batch_size}: they must be the same."
+            f"`{name}` has a batch of {shape[0]}, but the encoder has a batch of {batch_size}: they must be the same."
         )
     if labels is not None and tuple(labels.shape) != shape:
         raise ValueError(

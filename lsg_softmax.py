@@ -16,7 +16,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
-    """As `sdpa_attention`, by matrix products and an explicit softmax."""
+    """The same as `sdpa_attention`, with matrix products and an explicit softmax."""
     scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2) + bias  # division first: no float16 overflow
     return drop(scores.softmax(-1), dropout) @ value
 
@@ -31,8 +31,8 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value in `sdpa_attention` without dropout, from the gradient of its context.
 
-    torch's fused kernel computes them. In half precision plain products do, because the kernel takes twice as long on
-    the CPU.
+    torch's fused kernel computes them. In half precision, plain products do it, because the kernel takes twice as
+    long on the CPU.
     """
     if query.element_size() > 2:
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]

@@ -79,7 +79,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def largest_norms(key: Tensor, value: Tensor, visible: Tensor, chunk_size: int, factor: int) -> SparseTokens:
     """Keep the `chunk_size // factor` visible tokens with the largest key norm in each chunk, by ascending norm.
 
-    Of tokens with the same norm, the first are kept.
+    If several tokens have the same norm, the first ones are kept.
     """
     norms = torch.linalg.vector_norm(key, dim=-1, dtype=at_least_float32(key)) * visible
     chunks = norms.unflatten(2, (-1, chunk_size))  # (B, H, C, W)
@@ -196,14 +196,14 @@ def memberships(bucket: Tensor, visible: Tensor, num_buckets: int) -> Tensor:
 
 
 def nearest_direction(vectors: Tensor, projection: Tensor) -> Tensor:
-    """Which random direction, or opposite of a direction, each vector is nearest to, whatever its length.
+    """Which random direction, or opposite of a direction, each vector is nearest to, regardless of its length.
 
     Cross-polytope hashing, Andoni et al. 2015, arXiv 1509.02897.
 
     Args:
         vectors: (B, H, C, W, D). A vector of zeros gets direction 0.
         projection: (H, D, R // 2), the directions. Their opposites are numbered after them. If R is odd, the last
-            bucket stays empty, except for R = 1: there are no directions, and the only bucket takes all vectors.
+            bucket stays empty. With R = 1 there are no directions, and the only bucket takes all vectors.
 
     Returns:
         (B, H, C, W), long.

@@ -11,12 +11,12 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-# Before 2.7, torch does not tell an export from a compilation: both then get a graph for any length.
+# Before 2.7, torch does not distinguish an export from a compilation: both get a graph for any length.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def is_exported() -> bool:
-    """Whether the record is a graph that stands alone, for texts of any length.
+    """Whether the recording becomes a graph that stands alone, for texts of any length.
 
     Nothing in such a graph may depend on the length of the present input. A compiler differs: it looks at each
     call's length, and compiles again for a length that its code does not cover.

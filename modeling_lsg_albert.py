@@ -1,7 +1,7 @@
-"""LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention, on transformers' public API.
+"""LSG-ALBERT: the ALBERT encoder and its heads with local + sparse + global attention.
 
 All public classes are defined here, because a saved model carries the files that its own module imports. The parts of
-these classes are in the `lsg_*.py` files.
+these classes are in the `lsg_*.py` files. From transformers, only the public API is used.
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
         super().__init__(checked_config(config, is_encoder_decoder))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Refused here: a `forward` that took `**kwargs` would have to use or refuse all other names too.
+        # Refused here, because a `forward` with `**kwargs` would have to use or refuse all other names too.
         refuse_marks_of_texts(kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -110,7 +110,7 @@ class LSGAlbertPreTrainedModel(PreTrainedModel):
     def _autoset_attn_implementation(
         cls, config: LSGAlbertConfig, use_flash_attention_2: bool = False, **kwargs: Any
     ) -> LSGAlbertConfig:
-        # Of the releases we test, only 4.44 and 4.48 call this. Their error for flash attention points to the authors.
+        # Of the tested releases, only 4.44 and 4.48 call this. Their error for flash attention points to the authors.
         check_attn_implementation("flash_attention_2" if use_flash_attention_2 else config._attn_implementation)
         if config._attn_implementation == "flex_attention":  # 4.44 does not know it
             return config
@@ -186,9 +186,9 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids; exactly one of `input_ids` and `inputs_embeds` is given.
+                Token ids. Give exactly one of `input_ids` and `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 or `True` for real tokens, 0 or `False` for padding, which may stand anywhere.
+                1 or `True` for real tokens, 0 or `False` for padding, which may be anywhere.
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token types, 0 by default.
             position_ids (`torch.LongTensor` of shape `(batch_size or 1, sequence_length)`, *optional*):
@@ -201,7 +201,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             output_attentions (`bool`, *optional*):
-                Whether to return the effective attention maps. They are quadratic in the length.
+                Whether to return the effective attention maps. Their size is quadratic in the length.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Whether to return the states before and after each layer. Indices select some of them; the others are
                 then `None`.
@@ -209,8 +209,8 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
                 Whether to return a [`LSGAlbertModelOutput`] or a plain tuple.
 
         Raises:
-            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported; or a row holds
-                several texts under a head that gives one answer for each row.
+            ValueError: an input is missing, given twice, too long or not supported, or has a wrong shape; or a row
+                holds several texts under a head that gives one answer for each row.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -226,9 +226,9 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
         texts = find_texts(position_ids, input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         if texts is not None and (output_attentions or not self.takes_packed):
             raise ValueError(
-                "`position_ids` begin again within a row: several texts are packed into it, of which "
-                f"{'attention maps' if output_attentions else 'the head of this model'} cannot be told apart. Give "
-                "each text a row of its own, with padding, and leave `position_ids` out."
+                "`position_ids` begin again within a row, so the row holds several texts. There are no "
+                f"{'attention maps' if output_attentions else 'outputs of the head of this model'} for such rows. "
+                "Give each text its own row, with padding, and leave `position_ids` out."
             )
         if texts is not None:
             inputs = texts.unpack_inputs(inputs)
@@ -246,7 +246,7 @@ class LSGAlbertModel(LSGAlbertPreTrainedModel):
     def _encode(
         self, inputs: Inputs, output_attentions: bool, output_hidden_states: bool | int | list[int] | None
     ) -> LSGAlbertModelOutput:
-        """The output for a batch of at least one row, each of which is one text; the inputs have been checked."""
+        """The output for a batch of at least one row. Each row is one text; the inputs have been checked."""
         given = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         batch_size, length = given.shape[:2]
         # By name: tools that hook layers expect all positional arguments to be tensors.
@@ -310,7 +310,7 @@ class LSGAlbertForPreTraining(WithMLMHead, LSGAlbertPreTrainedModel):
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
                 Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
                 `Trainer` does not count texts, so the order of a text is then weighted by the number of its masked
-                tokens. So the loss does not depend on how a step is cut into batches.
+                tokens. Then the loss does not depend on how a step is cut into batches.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.albert(
@@ -448,18 +448,18 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
                 The encoder's inputs, as in [`LSGAlbertModel`].
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 The decoder's tokens, after those in `cache`. The default is `labels`, or else `input_ids`, moved one
-                place to the right behind `decoder_start_token_id`.
+                place to the right after `decoder_start_token_id`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, past_length + target_length)`, *optional*):
-                1 for real tokens of the decoder, 0 for padding, which may stand on either side.
+                1 for real tokens of the decoder, 0 for padding, which may be on either side.
             encoder_outputs (`LSGAlbertModelOutput` or `tuple`, *optional*):
-                What the encoder returned, in place of its inputs. `attention_mask` still says what is padding.
+                The encoder's outputs, in place of its inputs. `attention_mask` still marks the padding.
             cache, past_key_values (`EncoderDecoderCache`, *optional*):
                 Keys and values of the earlier tokens, as returned by the previous call; both names mean the same. If
-                they include those of the encoder's states, neither the encoder's inputs nor its outputs are needed.
+                they include the encoder's keys and values, neither the encoder's inputs nor its outputs are needed.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, embedding_size)`, *optional*):
                 Embeddings in place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
-                Ids that the decoder is to predict, with -100 for no label.
+                Ids that the decoder should predict, with -100 for no label.
             num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
                 Divisor of the sum of the losses: the labels in all batches of a step, as `Trainer` counts them.
             use_cache (`bool`, *optional*):
@@ -470,7 +470,7 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
                 of cross-attention begin with a column for each global token.
 
         Raises:
-            ValueError: an input is missing, given twice, too long, of a wrong shape, or not supported.
+            ValueError: an input is missing, given twice, too long or not supported, or has a wrong shape.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:

@@ -56,7 +56,7 @@ def export_onnx(source: str, file: str | Path, architecture: str | None = None) 
 
     Raises:
         ValueError: the checkpoint is not an LSG-ALBERT of a class in `OUTPUTS`, a package is missing, or the file's
-            outputs differ from the model's. Nothing is written then.
+            outputs differ from the model's. In these cases, nothing is written.
     """
     check_packages()
     model = load_model(source, architecture)
@@ -77,7 +77,7 @@ def check_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f'`{error.name}` is not installed, which an ONNX file needs: `pip install "lsg-albert[onnx]"`.'
+            f'`{error.name}` is not installed. The ONNX export needs it: `pip install "lsg-albert[onnx]"`.'
         ) from error
 
 
@@ -87,8 +87,8 @@ def load_model(source: str, architecture: str | None) -> PreTrainedModel:
     name = architecture or (config.architectures or ["LSGAlbertModel"])[0]
     if name not in OUTPUTS:
         raise ValueError(
-            f"`architecture` {name!r} has no ONNX file, only {', '.join(OUTPUTS)} have. Make an LSG-ALBERT from an "
-            "ALBERT with `lsg-albert convert`."
+            f"`architecture` {name!r} cannot be exported to ONNX. Choose from {', '.join(OUTPUTS)}. To make an "
+            "LSG-ALBERT from an ALBERT, use `lsg-albert convert`."
         )
     return getattr(models, name).from_pretrained(source).float().eval()
 
@@ -142,8 +142,8 @@ def compare(model: PreTrainedModel, file: Path) -> dict[int, float]:
                 break
         else:
             raise ValueError(
-                f"The ONNX file differs from the model by {found:.1e} for {batch_size} texts of {length} tokens: it "
-                "is not written. Please report it with the versions of torch, onnxscript and onnxruntime."
+                f"The ONNX file differs from the model by {found:.1e} for {batch_size} texts of {length} tokens. It "
+                "was not written. Please report this with the versions of torch, onnxscript and onnxruntime."
             )
         differences[length] = found
     return differences

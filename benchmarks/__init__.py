@@ -1,7 +1,7 @@
 """Benchmarks of LSG-ALBERT and its peers; see README.md in this folder.
 
-Importing it makes `lsg_albert` mean the checkout that this folder lies in, also where another copy is installed: what is
-measured is the code beside the scripts.
+Importing this package makes `lsg_albert` the checkout that contains this folder, even if another copy is installed.
+So the benchmarks measure the code beside the scripts.
 """
 
 import importlib.util
@@ -24,5 +24,5 @@ def _import_checkout() -> None:
     spec.loader.exec_module(package)
 
 
-if "lsg_albert" not in sys.modules:  # the tests' conftest has made it known already
+if "lsg_albert" not in sys.modules:  # the tests' conftest may have imported it already
     _import_checkout()

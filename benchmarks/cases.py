@@ -1,4 +1,4 @@
-"""What is measured (`Size`, `Case`), what comes out (`Result`), and the statistics of it. No torch in here."""
+"""What is measured (`Size`, `Case`), the results (`Result`), and their statistics. This module does not need torch."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of the models, the same for all contestants where they have such a thing.
+    """The sizes of the models. They are the same for all contestants that have such a size.
 
     Args:
         hidden, layers, heads, feed_forward, vocabulary: of every model.
         embedding: width of the ALBERTs' embeddings.
-        block: tokens per block, and sparse tokens per side, of ours.
+        block: tokens per block, and sparse tokens per side, of our model.
         longformer_window: tokens that a Longformer token sees, both sides together.
         bigbird_block: tokens per block of BigBird.
-        modernbert_feed_forward: width of ModernBERT's gated feed-forward part, which has two such halves.
+        modernbert_feed_forward: width of each of the two halves of ModernBERT's gated feed-forward part.
         modernbert_window: tokens that a token sees in ModernBERT's local layers, both sides together.
     """
 
@@ -37,7 +37,7 @@ class Size:
 
 SIZES = {
     "base": Size(),
-    # For tests: everything runs, nothing means anything.
+    # For tests: everything runs, but the numbers mean nothing.
     "tiny": Size(32, 2, 4, 48, 120, 16, 8, longformer_window=16, bigbird_block=4, modernbert_window=16),
 }
 
@@ -54,7 +54,7 @@ class Case:
         lengths: tokens of each document of the batch; shorter ones are padded on the right, with an attention mask.
         dtype: of weights and activations; the weights are cast.
         device: "cpu" or "cuda".
-        layers: of the model, where it has another number than the size says.
+        layers: the number of layers, if it differs from the size's.
     """
 
     contestant: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Real tokens of the batch."""
+        """The number of real tokens in the batch."""
         return sum(self.lengths)
 
     @property
@@ -82,16 +82,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a case.
+    """The result of a case.
 
     Args:
         case: what was timed.
-        seconds: of every timed call, by round. Round 0 is the first call, without warm-up, and is there alone: where
-            it has used up the case's budget it counts.
-        peak_bytes: peak memory of a call beyond that of the process (or device) before it, which holds the weights.
+        seconds: of every timed call, by round. Round 0 is the first call, without a warm-up. It counts only if it has
+            used up the case's budget; then there are no other rounds.
+        peak_bytes: peak memory of a call, beyond the memory that the process or device held before it.
         weights_bytes: parameters and buffers.
-        error: why there is nothing else; None if the case went well.
-        code: digest of our modules that were measured, see `runner.code_digest`.
+        error: why the case failed; None if it succeeded.
+        code: digest of the measured modules of ours, see `runner.code_digest`.
     """
 
     case: Case
@@ -103,7 +103,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds of a call."""
         return statistics.median(self.seconds.values())
 
     @property
@@ -117,11 +117,11 @@ class Result:
 
 
 def time_ratio(numerators: Sequence[Result], denominators: Sequence[Result]) -> float | None:
-    """The sum of the numerators' times over that of the denominators' times.
+    """The sum of the numerators' times, divided by the sum of the denominators' times.
 
-    It is taken within each round that all of them have, so that a slow minute of the machine hits both sides, and the
-    median of these is returned. Without a common round (one was too slow for more than its first call) it is the ratio
-    of the sums of medians. None if one of the cases failed.
+    The ratio is taken within each round that all results have, so that a slow minute of the machine affects both
+    sides. The median of these ratios is returned. If there is no common round (one case was too slow for more than its
+    first call), it is the ratio of the sums of medians. None if one of the cases failed.
     """
     results = [*numerators, *denominators]
     if not results or any(result.error is not None for result in results):
@@ -136,14 +136,14 @@ def time_ratio(numerators: Sequence[Result], denominators: Sequence[Result]) -> 
 
 
 def memory_ratio(numerator: Result, denominator: Result) -> float | None:
-    """The ratio of peak memory beyond the weights; None if a case failed or it is unknown."""
+    """The ratio of peak memory beyond the weights; None if a case failed or its memory is unknown."""
     if not numerator.peak_bytes or not denominator.peak_bytes:
         return None
     return numerator.peak_bytes / denominator.peak_bytes
 
 
 def result_to_json(result: Result) -> dict:
-    """As JSON has it: keys of objects are strings, and tuples are lists."""
+    """A result in the form of JSON: keys are strings, and tuples are lists."""
     return {**asdict(result), "seconds": {str(r): seconds for r, seconds in result.seconds.items()}}
 
 

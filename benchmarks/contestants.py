@@ -1,6 +1,6 @@
-"""The models that are compared: random weights, from configurations written here; nothing is downloaded.
+"""The models that are compared. They have random weights and the configurations below; nothing is downloaded.
 
-transformers' models are imported when they are built, as not every release has each of them.
+transformers' models are imported when they are built, because not every release has each of them.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from benchmarks.cases import Size
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 
-TOLERANCE = 1e-4  # between ours and ALBERT in float32, of outputs that a layer norm has brought to the size of 1
+TOLERANCE = 1e-4  # between ours and ALBERT in float32; outputs have a size of about 1 after the layer norm
 PACKING_FIELD = "pack_padding"  # the field of our configuration that says whether padded batches are packed
 
 OTHER_SELECTIONS = tuple(name for name in SPARSITY_TYPES if name != "norm")
 
 
 class WrongOutput(ValueError):
-    """A contestant does not compute what it should; its time would mean nothing."""
+    """A contestant computes something wrong, so its time would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Contestant:
     """One of the models.
 
     Args:
-        label: what it is, for the reports.
+        label: the description for the reports.
         make: (size, longest input in tokens, mode) -> the model, in float32 on the CPU; for the mode "training" with
             the masked-LM head.
-        check: (size, device) raises `WrongOutput` if the model computes something else than it should.
+        check: (size, device); raises `WrongOutput` if the model computes something wrong.
         before_case: called with the model before each case.
         context: wraps every call.
-        takes: "input_ids", or "embeddings" for a matrix (tokens, embedding) in their place.
+        takes: "input_ids", or "embeddings" for a matrix (tokens, embedding) instead.
         compiled: whether `torch.compile` is applied.
-        compiles: whether its first call of a shape compiles something, so that the second is the first to count.
+        compiles: whether the first call of a shape compiles something, so that only the second call counts.
     """
 
     label: str
@@ -81,7 +81,7 @@ def ours_config(size: Size, positions: int, **fields: object) -> LSGAlbertConfig
 
 
 def ours(label: str, compiled: bool = False, **fields: object) -> Contestant:
-    """Our model; `fields` replace those of the default configuration."""
+    """Our model; `fields` replace fields of the default configuration."""
 
     def make(size: Size, positions: int, mode: str) -> nn.Module:
         model_class = LSGAlbertModel if mode != "training" else LSGAlbertForMaskedLM
@@ -95,7 +95,7 @@ def ours(label: str, compiled: bool = False, **fields: object) -> Contestant:
 
 
 def unpacked() -> Contestant:
-    """Our model that computes the padding of a batch too."""
+    """Our model, which here computes the padding of a batch too."""
 
     def make(size: Size, positions: int, mode: str) -> nn.Module:
         if not hasattr(LSGAlbertConfig(), PACKING_FIELD):
@@ -126,10 +126,10 @@ def check_against_albert(size: Size, device: str, **fields: object) -> None:
     input_ids = input_ids.to(device)
     for length, variant in variants:
         model = LSGAlbertModel(ours_config(size, four_blocks, **{**fields, **variant})).to(device).eval()
-        # ALBERT has no table of global tokens, and nothing else is missing from it.
+        # ALBERT lacks only the table of global tokens.
         missing = set(model.load_state_dict(albert.state_dict(), strict=False).missing_keys)
         if missing != {"embeddings.global_embeddings.weight"}:
-            raise WrongOutput(f"weights of ALBERT and ours do not fit: {sorted(missing)}")
+            raise WrongOutput(f"the weights of ALBERT do not fit our model: {sorted(missing)} differ")
         for row, first in enumerate(input_ids[:, 0]):
             embeddings = model.embeddings
             embeddings.global_embeddings.weight[0] = (
@@ -142,11 +142,11 @@ def check_against_albert(size: Size, device: str, **fields: object) -> None:
 
 
 def check_equal(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raise `WrongOutput` unless the two are the same to `TOLERANCE`."""
+    """Raise `WrongOutput` unless both are equal up to `TOLERANCE`."""
     if actual.shape != expected.shape:
         raise WrongOutput(f"{what}: the shape is {tuple(actual.shape)}, not {tuple(expected.shape)}")
     difference = (actual - expected).abs().max().item()
-    if not difference <= TOLERANCE:  # so written, it also refuses NaN
+    if not difference <= TOLERANCE:  # this form also refuses NaN
         raise WrongOutput(f"{what}: the output differs from ALBERT's by {difference:.1e}, more than {TOLERANCE:.0e}")
 
 
@@ -169,7 +169,7 @@ def make_longformer(size: Size, positions: int, mode: str) -> nn.Module:
     window = size.longformer_window
     config = transformers.LongformerConfig(
         **common_fields(size), **without_dropout(), attention_window=window,
-        # It pads to whole windows, and its positions begin behind that of the padding token.
+        # It pads to whole windows, and its positions begin after the padding token's position.
         max_position_embeddings=round_up(positions, window) + 2, pad_token_id=1,
     )  # fmt: skip
     return getattr(transformers, "LongformerModel" if mode != "training" else "LongformerForMaskedLM")(config)
@@ -185,7 +185,7 @@ def make_bigbird(size: Size, positions: int, mode: str) -> nn.Module:
 
 
 def make_bigbird_sparse(model: nn.Module) -> None:
-    """A short input has switched BigBird to full attention for good: switch back."""
+    """Switch BigBird back to sparse attention: a short input switches it to full attention permanently."""
     getattr(model, "bert", model).set_attention_type("block_sparse")
 
 
@@ -201,7 +201,7 @@ def make_modernbert(size: Size, positions: int, mode: str) -> nn.Module:
 class Floor(nn.Module):
     """The matrix products of our projections and feed-forward parts, with their biases, and nothing else.
 
-    They are chained, each product's result being the input of the next, so that nothing stands between them.
+    They are chained: the result of each product is the input of the next, with nothing between them.
     """
 
     def __init__(self, size: Size):
@@ -215,11 +215,11 @@ class Floor(nn.Module):
         self.num_layers = size.layers
         for linear in self.modules():
             if isinstance(linear, nn.Linear):
-                # The states keep their size through all layers: none of the numbers becomes subnormal, which is slow.
+                # The states keep their size through all layers. Subnormal numbers would be slow.
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, embeddings: Tensor) -> SimpleNamespace:
-        """(tokens, embedding) -> (tokens, hidden); the loss is there for something to go backward from."""
+        """(tokens, embedding) -> (tokens, hidden); the loss is there for the backward pass."""
         states = self.embedding_hidden_mapping_in(embeddings)
         for _ in range(self.num_layers):
             for linear in self.layer.values():
@@ -246,7 +246,7 @@ PEERS = {
     "bigbird": Contestant("transformers BigBird, block_sparse", make_bigbird, before_case=make_bigbird_sparse),
     "modernbert": Contestant("transformers ModernBERT, sdpa, 12 layers", make_modernbert),
 }
-FLOOR = {"floor": Contestant("the bare matrix products of ours", make_floor, takes="embeddings")}
+FLOOR = {"floor": Contestant("only the matrix products of ours", make_floor, takes="embeddings")}
 OTHERS = {
     "ours-unpacked": unpacked(),
     "ours-compiled": ours("norm, sdpa, torch.compile", compiled=True),
@@ -260,13 +260,13 @@ CONTESTANTS = {**OURS, **SELECTIONS, **FLEX, **PEERS, **FLOOR, **OTHERS}
 
 
 def find_contestant(name: str) -> Contestant:
-    """The contestant of a name in `CONTESTANTS`, or one of yours: "module:attribute"."""
+    """The contestant with a name in `CONTESTANTS`, or your own: "module:attribute"."""
     if name in CONTESTANTS:
         return CONTESTANTS[name]
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(
-            f"there is no contestant {name!r}; there are {', '.join([*CONTESTANTS, *GROUPS])}, and module:attribute"
+            f"there is no contestant {name!r}: choose from {', '.join([*CONTESTANTS, *GROUPS])} and module:attribute"
         )
     return getattr(importlib.import_module(module), attribute)
 

@@ -1,11 +1,11 @@
-"""Time and memory on a CUDA device, each batch as large as the card holds: ours, ALBERT's flash attention, and peers.
+"""Measure our model, ALBERT's flash attention and peers on a CUDA device, each with the largest batch that fits.
 
     python -m benchmarks.gpu --name h200
     python -m benchmarks.gpu --name h200 --modes training --lengths 4096,16384 --contestants ours,albert-flash
 
-Run from the repository's root. Batches are filled, so that contestants take turns as a whole: each has the card to itself.
-Writes `benchmarks/results/NAME.json` after every case and `NAME.md` at the end; started again with the same name, it goes
-on where it stopped. `python -m benchmarks.speed --device cuda` compares small batches in interleaved rounds.
+Run this from the repository's root. Batches fill the card, so only one contestant is on it at a time, from start to
+end. The script writes `benchmarks/results/NAME.json` after every case and `NAME.md` at the end. With the same name, it
+continues where it stopped. `python -m benchmarks.speed --device cuda` compares small batches in interleaved rounds.
 """
 
 import argparse
@@ -38,9 +38,9 @@ LENGTHS = (4096, 8192, 16384, 32768)
 DTYPE = "bfloat16"
 CONTESTANTS = "ours,ours-compiled,ours-flex,ours-flex-compiled,albert-flash,modernbert,longformer"
 OURS = ("ours", "ours-compiled", "ours-flex", "ours-flex-compiled")
-# These compile for every batch size that is tried: they begin with the batch that "ours" has found.
+# These compile for every batch size that they try, so they begin with the largest batch of "ours".
 SAME_BATCH_AS_OURS = OURS[1:]
-MATRIX = 8192  # rows and columns of the matrices that the card's rate is measured with
+MATRIX = 8192  # rows and columns of the matrices for measuring the card's rate
 
 
 def case_of(name: str, mode: str, length: int, batch: int, device: str) -> Case:
@@ -54,10 +54,10 @@ def is_out_of_memory(error: str) -> bool:
 def largest_batch(
     workers: Workers, name: str, mode: str, length: int, device: str, most_tokens: int, start: int | None = None
 ) -> tuple[int, list[Result]] | str:
-    """The largest batch that fits: of the powers of two up to `most_tokens`, or of `start` and its halves.
+    """The largest batch that fits, among the powers of two up to `most_tokens`, or among `start` and its halves.
 
     Returns:
-        The batch, and the results of the batches that were tried and fitted, one call each; or why there is none.
+        The batch, and the results of all batches that fitted, one call each; or the reason why there is no batch.
     """
     batch, fitting, error = start or 1, [], "no batch fits"
     while batch >= 1 and batch * length <= max(most_tokens, length):
@@ -82,7 +82,7 @@ def largest_batch(
 def measure_filled(
     workers: Workers, store: Store, name: str, mode: str, length: int, args: argparse.Namespace
 ) -> None:
-    """Find the batch, measure it, and keep the results: those of the smallest batch, for its memory, and the largest."""
+    """Find the largest batch and measure it. Keep its result, and that of the smallest batch for its memory."""
     start = None
     if name in SAME_BATCH_AS_OURS:
         twin = store.groups.get(group_name("ours", mode, length), [])
@@ -104,10 +104,10 @@ def group_name(name: str, mode: str, length: int) -> str:
 
 
 def model_flops(size: Size, length: int, mode: str) -> float:
-    """Floating-point operations of our model per token, in its own arithmetic: only what the pattern asks for.
+    """Floating-point operations of our model per token, counting only what the attention pattern requires.
 
-    A multiplication and an addition are two; a backward pass is twice the forward pass. Norms, activations, softmax and
-    the selection count as nothing.
+    A multiplication and an addition are two operations. A backward pass is twice the forward pass. Norms, activations,
+    softmax and the selection are not counted.
     """
     keys = min(LSGPattern(1, size.block, "norm", size.block, 2).num_keys, 1 + length)
     products = 4 * size.hidden**2 + 2 * size.hidden * size.feed_forward
@@ -118,7 +118,7 @@ def model_flops(size: Size, length: int, mode: str) -> float:
 
 
 def matrix_rate(device: str, width: int, rounds: int = 20) -> float:
-    """Floating-point operations per second of the product of two square random matrices: what the card can do."""
+    """Floating-point operations per second in the product of two square random matrices, as a measure of the card."""
     left, right = torch.randn(2, width, width, device=device).to(getattr(torch, DTYPE))
     times = []
     for _ in range(rounds + 3):
@@ -131,7 +131,7 @@ def matrix_rate(device: str, width: int, rounds: int = 20) -> float:
 
 
 def utilisation(result: Result, size: Size, rate: float) -> float:
-    """The share of the card's measured matrix rate that our model's own arithmetic makes use of."""
+    """The rate of our model's own arithmetic, as a share of the card's measured matrix rate."""
     return model_flops(size, max(result.case.lengths), result.case.mode) * result.tokens_per_second / rate
 
 
@@ -153,7 +153,7 @@ def memory_at_batch_one(store: Store, name: str, mode: str) -> dict[int, int]:
 
 
 def target_rows(store: Store, size: Size, rate: float, lengths: Sequence[int]) -> list[list[str]]:
-    """What was measured of the targets: the fastest of ours against ALBERT's flash attention, in training."""
+    """The measured targets: our fastest contestant against ALBERT's flash attention, in training."""
     rows = []
 
     def add(text: str, value: float | None, target: str, met: bool) -> None:
@@ -206,8 +206,8 @@ def report(store: Store, size: Size, rate: float, lengths: Sequence[int], machin
     parts += ["\n".join(f"- `{name}`: {find_contestant(name).label}" for name in names) + "\n"]
     parts += [table(["target", "measured", "limit", ""], target_rows(store, size, rate, lengths))]
     parts += [
-        "Batches are the largest power of two that fits. Times are medians of n calls after one to warm up. The share of "
-        "the matrix rate is that of our model's own arithmetic. Peak memory is beyond the weights.\n"
+        "Each batch is the largest power of two that fits. Times are medians of n calls after a warm-up call. The "
+        "share of the matrix rate is that of our model's own arithmetic. Peak memory does not include the weights.\n"
     ]
     for mode in dict.fromkeys(result.case.mode for result in store.results):
         results = [group[-1] for group in store.groups.values() if group[-1].case.mode == mode]
@@ -230,18 +230,21 @@ def report(store: Store, size: Size, rate: float, lengths: Sequence[int], machin
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", required=True, help="of the reports")
+    parser.add_argument("--name", required=True, help="name of the reports")
     parser.add_argument(
-        "--contestants", type=contestant_names, default=CONTESTANTS, help=f"with commas (default: {CONTESTANTS})"
+        "--contestants", type=contestant_names, default=CONTESTANTS, help=f"comma-separated (default: {CONTESTANTS})"
     )
-    parser.add_argument("--modes", type=lambda text: text.split(","), default="training,forward")
+    parser.add_argument(
+        "--modes", type=lambda text: text.split(","), default="training,forward",
+        help="comma-separated (default: training,forward)",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=lambda text: [int(n) for n in text.split(",")], default=",".join(map(str, LENGTHS)),
-        help=f"tokens, with commas (default: {','.join(map(str, LENGTHS))})",
+        help=f"tokens, comma-separated (default: {','.join(map(str, LENGTHS))})",
     )  # fmt: skip
     parser.add_argument(
         "--most-tokens", type=int, default=2**19,
-        help="of a batch: with more, the card has long been busy (default: 524288)",
+        help="most tokens of a batch; more would not make the card busier (default: 524288)",
     )  # fmt: skip
     parser.add_argument("--matrix", type=int, default=MATRIX, help=argparse.SUPPRESS)
     # To try the script without a card; the numbers mean nothing.
@@ -260,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     print(describe(machine, settings))
     store = Store(args.results / f"{args.name}.json", machine, settings)
     for name in args.contestants:
-        with Workers(plan) as workers:  # one contestant at a time: the card is its own
+        with Workers(plan) as workers:  # one contestant at a time has the whole card
             for mode, length in product(args.modes, args.lengths):
                 if group_name(name, mode, length) not in store.groups:
                     print(group_name(name, mode, length))

@@ -1,11 +1,11 @@
-"""Where the time of one layer of LSG-ALBERT goes.
+"""Measure where one layer of LSG-ALBERT spends its time.
 
     python -m benchmarks.profile_layer
     python -m benchmarks.profile_layer --dtype bfloat16 --selection pooling --mode backward
 
-Run from the repository's root. The layer is called as the model calls it. Every operator that it runs is timed and counted
-as a part of the layer, by the function of our `lsg_*` modules that runs it, by what it is, and by its sizes;
-and again, independently, by torch's profiler.
+Run this from the repository's root. The layer is called as the model calls it. Every operator that runs is timed.
+It is assigned to a part of the layer by the function of our `lsg_*` modules that calls it, by its name and by its
+sizes. torch's profiler then measures the layer again, independently.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from lsg_albert import lsg_encoder
 
 Key = tuple[str, str, str]  # part of the layer, function, operator
 
-ROWS = 15  # of the tables of functions and operators
+ROWS = 15  # rows of the tables of functions and operators
 
 
 class OperatorTimes(TorchDispatchMode):
-    """Adds up the seconds of every operator that runs meanwhile, by part, function and operator."""
+    """Adds up the seconds of every operator that runs in this context, by part, function and operator."""
 
     def __init__(self, size: Size, device: str, functions: list[tuple[str, str]]):
         super().__init__()
@@ -65,7 +65,7 @@ def part_of(operator: str, sizes: set[int], functions: list[tuple[str, str]], si
     Args:
         operator: its name without the namespace.
         sizes: of its tensors' dimensions.
-        functions: (module, function) of the calls of ours that run it, innermost last.
+        functions: (module, function) of our calls that are running, innermost last.
         size: of the model.
     """
     if any(module == "lsg_sparsity" for module, _ in functions):
@@ -93,9 +93,9 @@ def attention_modules() -> list[ModuleType]:
 
 @contextmanager
 def watched_functions(modules: Sequence[ModuleType], user: ModuleType) -> Iterator[list[tuple[str, str]]]:
-    """A list that always holds the (module, function) calls of these modules' functions that are going on.
+    """A list that always holds the running calls of these modules' functions, as (module, function).
 
-    The functions are replaced wherever the modules and `user` hold them, in tables too, and put back at the end.
+    The functions are replaced everywhere in the modules and `user`, also in tables, and restored at the end.
     """
     going_on: list[tuple[str, str]] = []
 
@@ -127,7 +127,7 @@ def watched_functions(modules: Sequence[ModuleType], user: ModuleType) -> Iterat
 
 
 def layer_call(case: Case, size: Size, selection: str, implementation: str) -> Callable[[], None]:
-    """A function that runs one layer on the states that the model gives it, in the case's mode."""
+    """A function that runs one layer on states from the model, in the case's mode."""
     torch.manual_seed(0)
     contestant = ours("", sparsity_type=selection, attn_implementation=implementation)
     model = contestant.make(size, max(case.lengths), "forward")
@@ -150,7 +150,7 @@ def layer_call(case: Case, size: Size, selection: str, implementation: str) -> C
 
 @torch.no_grad()
 def arguments_of(layer: nn.Module, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[tuple, dict]:
-    """What the model calls its layer with the first time; the states need gradients, as in training."""
+    """The arguments of the model's first call of its layer. The states need gradients, as in training."""
     calls: list[tuple[tuple, dict]] = []
     hook = layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     model(**inputs)
@@ -192,10 +192,10 @@ def summed(seconds: dict[Key, float], columns: slice) -> list[tuple[Key, float]]
 
 
 def report(seconds: dict[Key, float], plain: float) -> str:
-    """The tables of parts and of functions and operators. `plain` are the seconds of a call that nothing watches."""
+    """The tables of parts, and of functions and operators. `plain` is the seconds of an uninstrumented call."""
     total = sum(seconds.values())
     parts = [[*key, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for key, value in summed(seconds, slice(0, 1))]
-    parts += [["all operators", f"{total * 1e3:.1f}", ""], ["the layer, not watched", f"{plain * 1e3:.1f}", ""]]
+    parts += [["all operators", f"{total * 1e3:.1f}", ""], ["the layer, not instrumented", f"{plain * 1e3:.1f}", ""]]
     operators = [
         [*key, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for key, value in summed(seconds, slice(0, 3))[:ROWS]
     ]
@@ -208,7 +208,7 @@ def report(seconds: dict[Key, float], plain: float) -> str:
 
 
 def profiler_table(call: Callable[[], None], device: str) -> str:
-    """What torch's profiler says of one call, by operator."""
+    """The table of torch's profiler for one call, by operator."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities) as profiler:
         call()
@@ -221,14 +221,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=4096, help="tokens (default: 4096)")
     parser.add_argument("--batch", type=int, default=1, help="documents (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    parser.add_argument("--mode", choices=("forward", "backward"), default="forward", help="backward: with forward")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the layer (default: float32)")
+    parser.add_argument("--mode", choices=("forward", "backward"), default="forward", help="backward includes forward")
     parser.add_argument("--selection", choices=("norm", *OTHER_SELECTIONS), default="norm", help="(default: norm)")
-    parser.add_argument("--implementation", default="sdpa", help="of attention (default: sdpa)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
-    parser.add_argument("--size", choices=SIZES, default="base", help="of the model (default: base)")
+    parser.add_argument("--implementation", default="sdpa", help="attention (default: sdpa)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device (default: cpu)")
+    parser.add_argument("--size", choices=SIZES, default="base", help="size of the model (default: base)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls (default: 5)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: number of cores)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads (default: all cores)")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The other side of the workers: one process per contestant, rounds of calls in turn, and results kept in a file."""
+"""The runner controls the workers, one process per contestant. It calls them in rounds and keeps results in a file."""
 
 import hashlib
 import json
@@ -30,9 +30,9 @@ class Plan:
         size: the sizes of the models.
         positions: the longest input in tokens.
         threads: of every worker.
-        rounds: timed calls per case, beside the first one.
+        rounds: timed calls per case, in addition to the first one.
         budget: seconds of computing after which a case gets no further round.
-        limit: seconds after which a single call is stopped and its case has failed.
+        limit: seconds after which a single call is stopped and its case fails.
     """
 
     size: Size
@@ -44,12 +44,12 @@ class Plan:
 
 
 class Workers:
-    """The contestants' processes, started when first needed, and again after one has died."""
+    """The contestants' processes. A process is started when it is first needed, and again after it has died."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
         self.running: dict[str, tuple[Any, Any]] = {}
-        # Forked from a process that has imported everything, workers start at once and share that memory.
+        # Workers are forked from a process that has imported everything. They start at once and share its memory.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self.context = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -79,7 +79,7 @@ class Workers:
             process.join()
 
     def ask(self, request: str, case: Case) -> Call | Failure | None:
-        """Have a contestant's worker do something; its death or silence is a `Failure` too."""
+        """Send a request to a contestant's worker. If it dies or does not answer, this is a `Failure` too."""
         name = case.contestant
         if name not in self.running:
             self.running[name] = self.start(name)
@@ -104,7 +104,7 @@ def death_of(exitcode: int | None) -> str:
 
 @dataclass
 class _Progress:
-    """What a case has until now."""
+    """The results of a case so far."""
 
     first: Call | None = None
     calls: dict[int, Call] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class _Progress:
             self.calls[round_number] = answer
 
     def goes_on(self, budget: float) -> bool:
-        """Whether another call fits into the budget; it will take as long as the first one at most."""
+        """Whether another call fits into the budget. It takes at most as long as the first one."""
         return self.error is None and self.spent + self.first.seconds <= budget
 
     def result(self, case: Case, code: str) -> Result:
@@ -135,7 +135,7 @@ class _Progress:
 
 
 def measure_group(workers: Workers, cases: list[Case], code: str, say: Callable[[str], None] = print) -> list[Result]:
-    """Measure cases in turn: every round calls each of them once, beginning with another one each time.
+    """Measure cases in turn: every round calls each case once, and each round begins with another case.
 
     Only one worker computes at a time. A case stops early once its budget is used up, and at its first failure.
     """
@@ -159,7 +159,7 @@ def measure_group(workers: Workers, cases: list[Case], code: str, say: Callable[
 
 
 def seconds_of_case(seconds: float, plan: Plan) -> float:
-    """What a case takes in all, whose calls take `seconds`."""
+    """The seconds of a whole case whose calls take `seconds` each."""
     calls = 1 + plan.rounds
     while calls > 1 and calls * seconds > plan.budget:
         calls -= 1
@@ -167,7 +167,7 @@ def seconds_of_case(seconds: float, plan: Plan) -> float:
 
 
 def estimate_left(done: Iterable[Result], todo: Iterable[Case], plan: Plan) -> float | None:
-    """A rough guess of the seconds that the cases in `todo` take, from the nearest results; None if there are none.
+    """A rough guess of the seconds that the cases in `todo` take, from the nearest results; None without results.
 
     Time is taken to be proportional to the tokens, and a training step to be three forward passes.
     """
@@ -210,7 +210,7 @@ def total_memory(device: str) -> int | None:
 
 
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """All about the machine that a reader of the numbers should know."""
+    """Facts about the machine that a reader of the numbers needs."""
     memory, free = total_memory(device), available_memory()
     return {
         "device": device,
@@ -241,7 +241,7 @@ def git_commit() -> str:
 
 
 def code_digest() -> str:
-    """Of the modules that make up our model, so that what other code gave is told apart."""
+    """A digest of our model's modules, which tells results of different code apart."""
     digest = hashlib.sha256()
     for pattern in ("configuration_*.py", "lsg_*.py", "modeling_*.py"):
         for path in sorted(ROOT.glob(pattern)):
@@ -250,9 +250,9 @@ def code_digest() -> str:
 
 
 class Store:
-    """A run's results in a JSON file, written anew after every group, so that a stopped run can go on.
+    """A run's results in a JSON file, which is written after every group, so that a stopped run can continue.
 
-    Results that other code gave are dropped: they are measured again.
+    Results of other code are dropped and measured again.
     """
 
     def __init__(self, path: Path, machine: dict, settings: dict):
@@ -268,7 +268,7 @@ class Store:
         found = {"settings": data["settings"]} | {name: data["machine"][name] for name in ("threads", "processor")}
         if found != kept:
             raise SystemExit(
-                f"{self.path} was measured otherwise ({found}, now {kept}): choose another --name, or remove the file."
+                f"{self.path} was measured with other settings ({found}, now {kept}): choose another --name."
             )
         for name, group in data["groups"].items():
             results = [result_from_json(result) for result in group]
@@ -276,7 +276,7 @@ class Store:
                 self.groups[name] = results
 
     def has(self, name: str, cases: Iterable[Case]) -> bool:
-        """Whether all these cases of a group have been measured, and so together."""
+        """Whether all these cases of a group have been measured. Cases of a group are measured together."""
         return set(cases) <= {result.case for result in self.groups.get(name, [])}
 
     def add(self, name: str, results: list[Result]) -> None:
@@ -288,12 +288,12 @@ class Store:
 
     @property
     def results(self) -> list[Result]:
-        """Those of all groups."""
+        """The results of all groups."""
         return [result for group in self.groups.values() for result in group]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that it is there as a whole or as it was before."""
+    """Write a file. If this is interrupted, the old file stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -305,14 +305,14 @@ def run_groups(
 ) -> None:
     """Measure the groups of cases that the store lacks.
 
-    A group is measured as a whole or not at all: only what was interleaved is compared.
+    A group is always measured as a whole, because only interleaved cases can be compared.
     """
     todo = {name: cases for name, cases in groups.items() if not store.has(name, cases)}
-    say(f"{len(todo)} of {len(groups)} groups of cases to measure; what there is lies in {store.path}")
+    say(f"{len(todo)} of {len(groups)} groups of cases to measure; results are in {store.path}")
     started = time.monotonic()
     while todo:
         name, cases = next(iter(todo.items()))
-        say(f"{name}: {len(cases)} cases, {(time.monotonic() - started) / 60:.1f} minutes gone")
+        say(f"{name}: {len(cases)} cases, {(time.monotonic() - started) / 60:.1f} minutes so far")
         store.add(name, measure_group(workers, cases, store.code, say))
         del todo[name]
         left = estimate_left(store.results, [case for later in todo.values() for case in later], workers.plan)

@@ -1,10 +1,10 @@
-"""Time and memory of LSG-ALBERT, its peers and the floor, interleaved in one run, each in its own process.
+"""Measure time and memory of LSG-ALBERT, its peers and the floor, interleaved in one run, each in its own process.
 
     python -m benchmarks.speed --name cpu
     python -m benchmarks.speed --name quick --lengths 4096 --modes forward --dtypes float32 --contestants ours,floor
 
-Run from the repository's root. Writes `benchmarks/results/NAME.json` after every group of cases, and `NAME.md` and
-`NAME.png` from it; started again with the same name, it goes on where it stopped.
+Run this from the repository's root. It writes `benchmarks/results/NAME.json` after every group of cases, and `NAME.md`
+and `NAME.png` at the end. With the same name, it continues where it stopped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.contestants import contestant_names, find_contestant
 from benchmarks.runner import RESULTS, Plan, Store, Workers, describe_machine, run_groups, write_atomically
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-REFERENCE = "ours"  # whose time the ratios are of
+REFERENCE = "ours"  # the ratios divide its time by the others'
 TIMED = {
     "forward": "Forward pass of the base model: `eval()`, `torch.no_grad()`, from input ids to the last hidden states.",
     "training": (
@@ -37,16 +37,16 @@ TIMED = {
 
 def add_plan_arguments(parser: argparse.ArgumentParser, rounds: int, budget: float) -> None:
     """The options that every benchmark has."""
-    parser.add_argument("--size", choices=SIZES, default="base", help="of the models (default: base)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: number of cores)")
+    parser.add_argument("--size", choices=SIZES, default="base", help="size of the models (default: base)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed calls per case (default: {rounds})")
     parser.add_argument(
         "--budget", type=float, default=budget, metavar="SECONDS",
-        help=f"of computing per case, after which it gets no further round (default: {budget:.0f})",
+        help=f"computing time per case, after which it gets no further round (default: {budget:.0f})",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=float, default=1800, metavar="SECONDS",
-        help="after which a single call is stopped and its case has failed (default: 1800)",
+        help="time after which a single call is stopped and its case fails (default: 1800)",
     )  # fmt: skip
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the reports (default: benchmarks/results)"
@@ -55,19 +55,25 @@ def add_plan_arguments(parser: argparse.ArgumentParser, rounds: int, budget: flo
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", required=True, help="of the reports")
+    parser.add_argument("--name", required=True, help="name of the reports")
     parser.add_argument(
         "--contestants", type=contestant_names, default="ours,peers,floor",
-        help="names and groups (peers, selections, flex), with commas (default: ours,peers,floor)",
+        help="names and groups (peers, selections, flex), comma-separated (default: ours,peers,floor)",
     )  # fmt: skip
-    parser.add_argument("--modes", type=lambda text: text.split(","), default="forward,training")
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default="float32,bfloat16")
+    parser.add_argument(
+        "--modes", type=lambda text: text.split(","), default="forward,training",
+        help="comma-separated (default: forward,training)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtypes", type=lambda text: text.split(","), default="float32,bfloat16",
+        help="comma-separated (default: float32,bfloat16)",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=lambda text: [int(n) for n in text.split(",")], default=",".join(map(str, LENGTHS)),
-        help=f"tokens, with commas (default: {','.join(map(str, LENGTHS))})",
+        help=f"tokens, comma-separated (default: {','.join(map(str, LENGTHS))})",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="documents per batch (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
     add_plan_arguments(parser, rounds=5, budget=60)
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,13 +88,13 @@ def make_plan(args: argparse.Namespace, positions: int) -> Plan:
 
 
 def describe_plan(args: argparse.Namespace, plan: Plan) -> dict[str, object]:
-    """The settings that results must share to stand in one report."""
+    """The settings that all results of a report must share."""
     budget = f"{plan.budget:.0f} s per case"
     return {"size": args.size, "longest input": plan.positions, "timed calls": plan.rounds, "budget": budget}
 
 
 def make_groups(args: argparse.Namespace) -> dict[str, list[Case]]:
-    """The cases that are compared with each other, under a name; short ones first, so that there is soon something."""
+    """The groups of cases that are compared with each other, by name. Short ones come first, to give early results."""
     return {
         f"{mode} {dtype} {args.batch} x {length}": [
             Case(name, mode, (length,) * args.batch, dtype, args.device) for name in args.contestants
@@ -109,7 +115,7 @@ def format_ratio(ratio: float | None) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """With three digits, in s or ms."""
+    """Seconds with three digits, in s or ms."""
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
@@ -118,7 +124,7 @@ def format_bytes(size: int | None) -> str:
 
 
 def count_calls(result: Result) -> str:
-    """How many calls the numbers stand on."""
+    """The number of calls that a result is computed from."""
     return "1, cold" if set(result.seconds) == {0} else str(len(result.seconds))
 
 
@@ -148,7 +154,7 @@ def describe(machine: dict, settings: dict) -> str:
 
 
 def ratio_table(results: list[Result]) -> str:
-    """The reference's time over that of each contestant, one column a length."""
+    """The reference's time divided by each contestant's, with one column for each length."""
     by_case = {(result.case.contestant, result.case.lengths): result for result in results}
     names = list(dict.fromkeys(result.case.contestant for result in results))
     shapes = sorted({result.case.lengths for result in results}, key=sum)
@@ -164,7 +170,7 @@ def ratio_table(results: list[Result]) -> str:
 
 
 def group_results(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """By mode and dtype, in the order of the results."""
+    """The results by mode and dtype, in their order."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.case.mode, result.case.dtype), []).append(result)
@@ -176,17 +182,17 @@ def report(results: list[Result], machine: dict, settings: dict, picture: str | 
 
     Args:
         results: in the order of the tables.
-        machine, settings: what to say about them.
+        machine, settings: facts to list at the top.
         picture: the file name of the picture.
     """
     names = list(dict.fromkeys(result.case.contestant for result in results))
     parts = ["# Speed and memory\n", describe(machine, settings)]
     parts += ["\n".join(f"- `{name}`: {find_contestant(name).label}" for name in names) + "\n"]
     parts += [
-        "The contestants take turns, one computes at a time, each in a process of its own. Times are medians, with the "
-        "fastest and the slowest of n calls after one to warm up (\"1, cold\": that one alone, where it took the whole "
-        "budget). Ratios are medians of the ratios within a round. Peak memory is that of a call beyond the weights and "
-        "all else that was there before it. Input: random ids without padding, random weights.\n"
+        "The contestants take turns: one computes at a time, and each has its own process. Times are medians, with "
+        "the fastest and the slowest of n calls after a warm-up call (\"1, cold\": this call alone, because it used "
+        "up the budget). Ratios are medians of the ratios within a round. Peak memory is that of a call, beyond the "
+        "weights and all other memory in use before it. The input is random ids without padding; weights are random.\n"
     ]  # fmt: skip
     if picture is not None:
         parts += [f"![Time and memory against length]({picture})\n"]
@@ -201,10 +207,10 @@ def report(results: list[Result], machine: dict, settings: dict, picture: str | 
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Time and memory against length, one line a contestant, one column a mode and dtype; on logarithmic axes."""
+    """Plot time and memory against length: a line per contestant, a column per mode and dtype, logarithmic axes."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a file is drawn, no window
+    matplotlib.use("Agg")  # draws to a file, without a window
     from matplotlib import pyplot
 
     groups = group_results(results)
@@ -231,7 +237,7 @@ def draw(results: list[Result], path: Path) -> None:
     axes[0, 0].set_ylabel("seconds (median)")
     axes[1, 0].set_ylabel("peak memory beyond the weights, GiB")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    # Below the panels, in as many lines as their width needs.
+    # The legend is below the panels, in as many lines as it needs.
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2 * len(groups), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -252,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     write_atomically(args.results / f"{args.name}.md", text)
     print("\n" + text)
     if picture is None:
-        print("There is no picture: it needs matplotlib.")
+        print("No picture was drawn, because matplotlib is not installed.")
     else:
         draw(store.results, picture)
     return text

@@ -1,9 +1,10 @@
-"""Measure what the project has set itself as targets on the CPU, and say which are met.
+"""Measure the project's targets on the CPU, and report which are met.
 
     python -m benchmarks.targets --name targets
     python -m benchmarks.targets --name trial --groups forward-float32,padding-forward
 
-Run from the repository's root. The numbers are medians of ratios within interleaved rounds, as in `benchmarks.speed`.
+Run this from the repository's root. The numbers are medians of ratios within interleaved rounds, as in
+`benchmarks.speed`.
 """
 
 import argparse
@@ -24,24 +25,24 @@ from benchmarks.speed import (
     table,
 )
 
-# Documents of one batch, in tokens; for models of the size "tiny" a 32nd of them.
+# Documents of one batch, in tokens. Models of the size "tiny" get a 32nd of them.
 DOCUMENTS = (300, 500, 700, 900, 1300, 1900, 2800, 4096)
 TINY_DIVISOR = 32
 # The padded batch has 32,768 positions: the activations of all 12 layers do not fit into 24 GiB for a backward pass.
-# All layers are the same, so that the ratios are nearly those of the whole model.
+# All layers are the same, so the ratios are nearly those of the whole model.
 BACKWARD_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class Target:
-    """A number to stay below.
+    """A measured number and its upper limit.
 
     Args:
         group: targets of one group are measured together, interleaved.
-        text: what the number is.
+        text: the description of the number.
         limit: the target.
         numerators, denominators: cases whose times are added up and divided.
-        quantity: "time", or "memory": the peak beyond the weights, of one case each.
+        quantity: "time", or "memory" for the peak beyond the weights, with one case on each side.
     """
 
     group: str
@@ -109,7 +110,7 @@ def make_groups(targets: Iterable[Target]) -> dict[str, list[Case]]:
 
 
 def measured_value(target: Target, results: dict[Case, Result]) -> float | None:
-    """The number that the target is about; None if one of its cases failed."""
+    """The target's measured number; None if one of its cases failed."""
     numerators, denominators = (
         [results[case] for case in cases] for cases in (target.numerators, target.denominators)
     )
@@ -122,22 +123,22 @@ def target_row(target: Target, results: dict[Case, Result]) -> list[str]:
     value = measured_value(target, results)
     if value is None:
         errors = [results[case].error for case in target.cases if results[case].error is not None]
-        reason = errors[0].replace("|", "/") if errors else "peak memory is not known here"
+        reason = errors[0].replace("|", "/") if errors else "peak memory is unknown here"
         return [target.text, "failed", f"<= {target.limit:.2f}", f"not met ({reason})"]
     verdict = "met" if value <= target.limit else "**not met**"
     return [target.text, f"{value:.3f}", f"<= {target.limit:.2f}", verdict]
 
 
 def report(targets: list[Target], results: dict[str, list[Result]], machine: dict, settings: dict) -> str:
-    """The targets that were measured and the times behind them, in Markdown. `results` are those of each group."""
+    """The measured targets and their times, in Markdown. `results` has the results of each group."""
     measured = [target for target in targets if target.group in results]
     by_group = {name: {result.case: result for result in group} for name, group in results.items()}
     rows = [target_row(target, by_group[target.group]) for target in measured]
     parts = ["# Targets on the CPU\n", describe(machine, settings)]
     parts += [table(["case", "measured", "target", ""], rows)]
     parts += [
-        "Times are medians; ratios are medians of the ratios within the interleaved rounds (n of them). Peak memory is "
-        "that of a call beyond the weights and all else that was there before it.\n"
+        "Times are medians; ratios are medians of the ratios within the n interleaved rounds. Peak memory is that of "
+        "a call, beyond the weights and all other memory in use before it.\n"
     ]
     for name, group in results.items():
         rows = [result_cells(result) for result in group]
@@ -158,17 +159,17 @@ def result_cells(result: Result) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="targets", help="of the reports (default: targets)")
+    parser.add_argument("--name", default="targets", help="name of the reports (default: targets)")
     known = list(make_groups(make_targets()))
     parser.add_argument(
         "--groups", type=lambda text: text.split(","), default=",".join(known),
-        help=f"of targets, with commas (default: all: {', '.join(known)})",
+        help=f"groups of targets, comma-separated (default: all: {','.join(known)})",
     )  # fmt: skip
     add_plan_arguments(parser, rounds=5, budget=300)
     args = parser.parse_args(argv)
     unknown = set(args.groups) - set(known)
     if unknown:
-        parser.error(f"there is no group {', '.join(unknown)}; there are {', '.join(known)}")
+        parser.error(f"there is no group {', '.join(unknown)}: choose from {', '.join(known)}")
     return args
 
 
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     args = parse_args(argv)
     targets = make_targets(TINY_DIVISOR if args.size == "tiny" else 1)
     groups = {name: cases for name, cases in make_groups(targets).items() if name in args.groups}
-    # The same model for all groups, whichever of them are asked for.
+    # The model is the same for all groups, no matter which of them are measured.
     plan = make_plan(args, positions=max(max(case.lengths) for target in targets for case in target.cases))
     machine = describe_machine("cpu", args.threads)
     settings = describe_plan(args, plan)

@@ -1,4 +1,4 @@
-"""The process of one contestant: it builds the model, checks what comes out, and times and measures single calls."""
+"""The process of one contestant. It builds the model, checks its outputs, and measures single calls."""
 
 import contextlib
 import ctypes
@@ -18,15 +18,15 @@ from transformers.utils import logging
 from benchmarks.cases import Case, Size
 from benchmarks.contestants import WrongOutput, find_contestant
 
-LABELLED = 0.15  # the share of tokens that the masked-LM loss is taken of
+LABELLED = 0.15  # the share of tokens in the masked-LM loss
 IGNORED = -100
-FIRST_WORD = 5  # smaller ids are the special tokens of one model or another
-MEMORY_RESERVE = 2**29  # bytes that a case leaves to the rest of the machine
+FIRST_WORD = 5  # smaller ids are special tokens in some of the models
+MEMORY_RESERVE = 2**29  # bytes that a case leaves for the rest of the machine
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is started with: the contestant's name, the sizes, the longest input in tokens, and the threads."""
+    """The settings of a worker: the contestant's name, the sizes, the longest input in tokens, and the threads."""
 
     contestant: str
     size: Size
@@ -36,7 +36,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: its time in seconds, and the peak memory beyond that before it (see `Result`)."""
+    """One call of the model: its time in seconds, and its peak memory (see `Result`)."""
 
     seconds: float
     peak_bytes: int | None
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker answers when a request fails."""
+    """The answer of a worker if a request fails."""
 
     error: str
 
@@ -59,7 +59,7 @@ def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, T
         takes: see `Contestant`.
 
     Returns:
-        The keyword arguments of the model. There is a mask only where documents differ in length.
+        The keyword arguments of the model. There is a mask only if the documents differ in length.
     """
     generator = torch.Generator().manual_seed(0)
     if takes == "embeddings":
@@ -75,7 +75,7 @@ def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, T
         inputs["attention_mask"] = real.long()
     if case.mode == "training":
         labelled = (torch.rand(case.shape, generator=generator) < LABELLED) & real
-        labelled[:, 0] = True  # or a tiny input may have none
+        labelled[:, 0] = True  # otherwise, a tiny input may have no label
         inputs["labels"] = input_ids.masked_fill(~labelled, IGNORED)
     return {name: tensor.to(case.device) for name, tensor in inputs.items()}
 
@@ -88,12 +88,12 @@ def make_model(setup: Setup, case: Case) -> nn.Module:
     model = contestant.make(size, setup.positions, case.mode)
     model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode != "forward")
     if contestant.compiled:
-        model.compile(dynamic=False)  # for the shape at hand, as someone who trains on one would
+        model.compile(dynamic=False)  # for this shape, as in a training with one shape
     return model
 
 
 def run_model(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Tensor:
-    """What is timed. The states (batch, length, hidden) of a forward pass, or the loss after its backward pass."""
+    """The timed call. Returns the states (batch, length, hidden), or the loss after its backward pass."""
     if mode == "forward":
         with torch.no_grad():
             return model(**inputs).last_hidden_state
@@ -103,7 +103,7 @@ def run_model(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Tensor:
 
 
 def loss_of_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The mean over all real tokens of their states in some direction."""
+    """A loss for the backward pass: a fixed projection of all real tokens' states, averaged."""
     states = model(**inputs).last_hidden_state
     if "attention_mask" in inputs:
         states = states[inputs["attention_mask"].bool()]
@@ -117,7 +117,7 @@ def clear_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 
 def check_outputs(output: Tensor, model: nn.Module, inputs: dict[str, Tensor], mode: str, size: Size) -> None:
-    """Raise `WrongOutput` unless the output and all gradients are finite and the shape is right."""
+    """Raise `WrongOutput` unless the output and all gradients are finite and the output has the right shape."""
     shape = (*next(iter(inputs.values())).shape[: 2 if "input_ids" in inputs else 1], size.hidden)
     if mode == "forward" and output.shape != shape:
         raise WrongOutput(f"the output has the shape {tuple(output.shape)}, not {shape}")
@@ -152,7 +152,7 @@ def process_status(field: str) -> int | None:
 
 
 class Memory:
-    """Peak memory beyond a base: of this process on the CPU, of torch's allocator on a GPU; None where unknown."""
+    """Peak memory beyond a base: of this process on the CPU, of torch's allocator on a GPU; None if unknown."""
 
     def __init__(self, device: str):
         self.device = device
@@ -173,23 +173,23 @@ class Memory:
             return torch.cuda.max_memory_allocated() - self.base
         peak = process_status("VmHWM")
         if peak is None or self.base is None:
-            # Not Linux: the peak since the process began, which was the longest case until now.
+            # Not Linux: only the peak since the process began would be known, not that of this call.
             return None
         return max(0, peak - self.base)
 
 
 def free_memory() -> None:
-    """Give back what nobody uses, to the machine too, so that the next case begins as this one did."""
+    """Free unused memory, also to the operating system, so that the next case begins as this one did."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # of glibc alone
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def limit_memory() -> None:
-    """Let this process have no more memory than there is: torch then reports what it could not get, instead of the
-    kernel killing this process or another."""
+    """Limit this process to the available memory. If it needs more, torch then raises an error; otherwise the kernel
+    would kill this process or another."""
     available = available_memory()
     used = process_status("VmData")
     if available is None or used is None:
@@ -199,7 +199,7 @@ def limit_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, by Linux' account."""
+    """The bytes that Linux can provide without swapping."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -239,16 +239,16 @@ class Measuring:
         if self.contestant.compiles:
             self.measure(case)
         call = self.measure(case, check=True)
-        # The base again, now that it holds what libraries have kept for good: that is not this case's.
+        # Measure the base again: it now includes memory that libraries keep, which does not belong to this case.
         free_memory()
         self.memory[case] = Memory(case.device)
         return call
 
     def measure(self, case: Case, check: bool = False) -> Call:
-        """One call: from inputs that lie on the device to outputs that are there, in training to cleared gradients."""
+        """Time one call with its inputs on the device. The output is complete when the time ends."""
         model, inputs, memory = self.model, self.inputs[case], self.memory[case]
         if len(self.inputs) > 1:
-            free_memory()  # what another case has left in the process would count as this one's
+            free_memory()  # memory left by another case would count as this case's
         memory.reset_peak()
         synchronize(case.device)
         with self.contestant.context():
@@ -263,7 +263,7 @@ class Measuring:
         return Call(seconds, peak_bytes, bytes_of_weights(model))
 
     def forget_case(self, case: Case) -> None:
-        """Free what belongs to a case; the model stays for the next one."""
+        """Free the memory of a case; the model stays for the next one."""
         self.inputs.pop(case, None)
         self.memory.pop(case, None)
         if self.model is not None:
@@ -283,10 +283,10 @@ def short_text(error: BaseException) -> str:
 
 def serve(connection: Connection, setup: Setup) -> None:
     """Answer requests (name of a method of `Measuring`, case) until the other end hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
-    gc.freeze()  # the libraries' objects stay for good: without them collecting garbage takes no time
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first
+    gc.freeze()  # garbage collection is fast if it skips the libraries' objects, which stay anyway
     torch.set_num_threads(setup.threads)
     logging.set_verbosity_error()
     measuring = None
@@ -294,7 +294,7 @@ def serve(connection: Connection, setup: Setup) -> None:
         try:
             measuring = measuring or Measuring(setup)
             answer = getattr(measuring, request)(case)
-        except Exception as error:  # whatever it is, it is reported as this contestant's failure
+        except Exception as error:  # any error is reported as this contestant's failure
             answer = Failure(short_text(error))
         if isinstance(answer, Failure) and measuring is not None:
             measuring.forget_case(case)

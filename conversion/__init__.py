@@ -1,6 +1,6 @@
-"""The converter: an LSG-ALBERT from an ALBERT, BERT or kin, as a function and as the command `lsg-albert convert`.
+"""The converter makes an LSG-ALBERT from an ALBERT, BERT or related model: a function, and `lsg-albert convert`.
 
-As in the package itself, nothing is imported before it is asked for: the command line answers at once.
+As in the package itself, a module is imported only when a name is used, so that the command line answers at once.
 """
 
 import importlib

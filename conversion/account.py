@@ -1,4 +1,4 @@
-"""Which tensor goes where: each of the source is accounted for, and each of the target comes from somewhere."""
+"""What happens to each tensor of the source, and where each tensor of the target comes from."""
 
 import copy
 import difflib
@@ -26,31 +26,31 @@ ARCHITECTURES = tuple(
 BARE = "LSGAlbertModel"  # the class without a head
 BASE_PARTS = ("embeddings", "encoder", "pooler")
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-# Second names of one parameter, which files may hold or not; the decoder's weight is one only where it is tied.
+# Second names of a parameter. A file may lack them. The decoder's weight has one only if it is tied.
 DECODER, BIAS = "predictions.decoder.weight", "predictions.bias"
 TWINS = {DECODER: "albert.embeddings.word_embeddings.weight", "predictions.decoder.bias": BIAS}
-# Reasons to leave out what is not lost.
-BUFFER = "a buffer that the model makes itself"
-UNUSED = "rows of positions that no text has"
-TIED = f"the same as {TWINS[DECODER]}, to which it is tied"
-OVERRULED = "other values than the second name of the same parameter has"
+# Reasons to leave out tensors whose content is not lost.
+BUFFER = "a buffer that the model creates itself"
+UNUSED = "rows of positions that no text uses"
+TIED = f"tied to {TWINS[DECODER]}, so it has the same values"
+OVERRULED = "the values under the second name of the same parameter are used"
 
 
 @dataclass(frozen=True)
 class Account:
-    """What becomes of each tensor of the source, and where each of the target comes from."""
+    """What happens to each tensor of the source, and where each tensor of the target comes from."""
 
     copied: dict[str, str]  # name in the target: name in the source
     dropped: dict[str, str]  # name in the source: reason
     missing: list[str]  # names in the target for which the source has nothing
-    filled: dict[str, str] = field(default_factory=dict)  # those that its family never has, and with what
+    filled: dict[str, str] = field(default_factory=dict)  # what fills tensors that the family never has
 
 
 def lsg_architecture(name: str, family: Family) -> str:
     """The LSG class for a class of the family, of ALBERT or of ours, such as `AlbertForX` or `LSGAlbertForX`.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: there is no such class.
     """
     heads = [architecture.removeprefix("LSGAlbert") for architecture in ARCHITECTURES]
     becomes = {head: special.becomes for head, special in family.heads.items() if special.becomes}
@@ -64,14 +64,14 @@ def lsg_architecture(name: str, family: Family) -> str:
         known = [family.class_name + head for head in (*heads, *(becomes.keys() - set(heads)))]
         nearest = difflib.get_close_matches(str(name).removeprefix("LSG"), known, n=1, cutoff=0.0)[0]
         raise ConversionError(
-            f"There is no LSG class for the architecture {name!r}: did you mean {nearest!r}? Known are "
+            f"There is no LSG class for the architecture {name!r}: did you mean {nearest!r}? Choose from "
             f"{', '.join(known)}."
         )
     return classes[name]
 
 
 def head_of(name: str, family: Family) -> str:
-    """What follows "Albert" or the family's name in that of a class, such as "ForMaskedLM"."""
+    """The part of a class name after "Albert" or the family's name, such as "ForMaskedLM"."""
     name = name.removeprefix("LSG")
     starts = [start for start in (family.class_name, *family.kin, "Albert") if name.startswith(start)]
     head = name.removeprefix(max(starts, key=len)) if starts else name
@@ -80,12 +80,12 @@ def head_of(name: str, family: Family) -> str:
 
 
 def model_class(architecture: str) -> type[PreTrainedModel]:
-    """The class of that name, ours for names with LSG, else transformers' own."""
+    """The class of that name: ours if it begins with LSG, otherwise transformers' own."""
     return getattr(modeling_lsg_albert if architecture.startswith("LSG") else transformers, architecture)
 
 
 def base_prefix(architecture: str) -> str:
-    """What stands before the names of the base model in an LSG class."""
+    """The prefix of the base model's tensor names in an LSG class."""
     return "" if architecture == BARE else "albert."
 
 
@@ -102,7 +102,7 @@ def part_of(name: str) -> str:
 
 
 def target_name(name: str, family: Family, prefix: str, head: str | None = None) -> str:
-    """The name that a tensor of a source has in a target with that prefix, which may have no such tensor."""
+    """The name of a source's tensor in a target with that prefix. The target may not have such a tensor."""
     name = family.tensor_name(name.removeprefix(family.prefix), head)
     return prefix + name if part_of(name) in BASE_PARTS else name
 
@@ -110,7 +110,7 @@ def target_name(name: str, family: Family, prefix: str, head: str | None = None)
 def name_tensors(
     source: Iterable[str], family: Family, prefix: str, heads: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The names that a source's tensors have in a target, and the reasons for those that are never taken.
+    """The names of a source's tensors in a target, and the reasons why some tensors are never copied.
 
     Args:
         source: names of tensors.
@@ -118,7 +118,7 @@ def name_tensors(
         heads: as in `match_tensors`.
 
     Returns:
-        Two dictionaries by the names in the source.
+        Two dictionaries. Their keys are the names in the source.
     """
     special = [family.heads.get(head, Head()) for head in heads]
     named, dropped = {}, {}
@@ -135,30 +135,30 @@ def name_tensors(
 
 
 def misfit(name: str, shape: Shape, wanted: Shape | None, architecture: str, strict: bool) -> str | None:
-    """Why a tensor of the source is left out of the target; None if it is taken.
+    """Why a tensor of the source is left out of the target; None if it is copied.
 
     Args:
-        name: in the source.
-        shape: of the tensor.
-        wanted: the shape of the parameter of its name in the target, or None if there is none.
-        architecture: of the target.
-        strict: whether a misfit is refused, as it is in an encoder, and where the source says that it is of this class.
+        name: the tensor's name in the source.
+        shape: the tensor's shape.
+        wanted: the shape of the target's parameter with its name, or None if there is none.
+        architecture: the target's class.
+        strict: whether a misfit is an error. It is one in an encoder, and if the source itself names this class.
 
     Raises:
-        ConversionError: it does not fit, and must not be left out.
+        ConversionError: the tensor does not fit, and must not be left out.
     """
     if shape == wanted:
         return None
     if strict and wanted is None:
         raise ConversionError(
-            f"The source has the tensor {name}, which no ALBERT has. Name the class to make with `--architecture` to "
-            "leave such tensors out."
+            f"The source has the tensor {name}, which no ALBERT has. To leave such tensors out, name the target's "
+            "class with `--architecture`."
         )
     if strict:
-        raise ConversionError(f"The source's tensor {name} has the shape {shape}, but its config asks for {wanted}.")
+        raise ConversionError(f"The source's tensor {name} has the shape {shape}, but its config requires {wanted}.")
     if wanted is None:
         return f"{architecture} has no such parameter"
-    return f"the shape {shape} where {architecture} has {wanted}"
+    return f"it has the shape {shape}, but {architecture} needs {wanted}"
 
 
 def match_tensors(
@@ -173,15 +173,15 @@ def match_tensors(
 
     Args:
         source: shapes of the source's tensors.
-        family: to which it belongs.
+        family: the source's family.
         architecture: the LSG class.
         config: a configuration with the source's sizes.
-        strict: whether the source says itself that it is of this class. Then its head must be whole, and heads of
-            other classes are kept too; otherwise they are dropped, and a missing head is drawn.
-        heads: of the class of the family that is made and, if it is another, of the source's class.
+        strict: whether the source itself names this class. If so, its head must be complete, and heads of other
+            classes are kept too. Otherwise these are dropped, and a missing head is initialized at random.
+        heads: the head of the family's class that is made and, if it differs, the head of the source's class.
 
     Raises:
-        ConversionError: the source's encoder is not whole, has other shapes, or tensors that ALBERT does not have.
+        ConversionError: the source's encoder is incomplete, or has other shapes or tensors than ALBERT's.
     """
     prefix = base_prefix(architecture)
     expected = parameter_shapes(architecture, config)
@@ -202,7 +202,7 @@ def match_tensors(
         else:
             dropped[source_name] = reason
     twins = {twin: name for twin, name in TWINS.items() if twin != DECODER or config.tie_word_embeddings}
-    # Where the file holds a tensor under its second name alone, it goes under its first.
+    # If the file has a tensor under its second name alone, the tensor gets its first name.
     first = {twin: name for twin, name in twins.items() if name not in copied and name in expected}
     copied = {first.get(name, name): source_name for name, source_name in copied.items()}
     added = added_tensors(family, config.embedding_size, config.hidden_size)
@@ -217,7 +217,7 @@ def match_tensors(
 def refuse_parts(missing: Iterable[str], copied: Iterable[str], needs_head: bool) -> None:
     """Raise `ConversionError` if the source lacks a part of its encoder, or of its head.
 
-    A pooler may be missing as a whole, and so may a head unless `needs_head`: it is drawn anew.
+    The whole pooler may be missing, and so may the whole head unless `needs_head`. They are initialized at random.
     """
     parts_there = {part_of(name) for name in copied}
     for part, group in itertools.groupby(sorted(missing, key=part_of), key=part_of):
@@ -226,5 +226,5 @@ def refuse_parts(missing: Iterable[str], copied: Iterable[str], needs_head: bool
             continue
         first, *others = group
         more = f" and {len(others)} more tensors" if others else ""
-        hint = "" if part in BASE_PARTS else " Name another class to make with `--architecture`, if that is right."
+        hint = "" if part in BASE_PARTS else " If this is right, name another target class with `--architecture`."
         raise ConversionError(f"The source lacks {first}{more}.{hint}")

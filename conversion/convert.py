@@ -54,11 +54,11 @@ logger = logging.getLogger(__name__)
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -> Report:
-    """Make an LSG-ALBERT from a checkpoint of one of the families, LSG models among them. The source is only read.
+    """Make an LSG-ALBERT from a checkpoint of one of the families, LSG models included. The source is not changed.
 
     Args:
         source: a directory, or the name of a repository on the Hub.
-        target: the directory to make. It appears whole, or not at all.
+        target: the directory to create. It appears only when it is complete.
         options: the fields of `ConversionOptions`, which describes them.
 
     Returns:
@@ -66,7 +66,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
 
     Raises:
         ValueError: an option, the source or the target is not right; `ConversionError` if it is a file.
-        OSError: a place cannot be read or written.
+        OSError: a file or directory cannot be read or written.
     """
     unknown = options.keys() - {option.name for option in fields(ConversionOptions)}
     if unknown:
@@ -80,14 +80,14 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
         write_surroundings(plan, folder, partial)
         tokenizer = load_tokenizer(partial, plan.source)
         plan = with_token_ids(plan, tokenizer)
-        write_json(partial / "config.json", target_config(plan))  # again, as the tokenizer needs one to load
+        write_json(partial / "config.json", target_config(plan))  # again: loading the tokenizer needed a first one
         tokens = choose_tokens(plan, tokenizer)
         for warning in find_warnings(plan, tokens):
             logger.warning(warning)
         tensors, made = make_tensors(plan, tokens)
         check_space(target.parent, tensors)
         write_weights(partial, tensors, chosen.max_shard_size)
-        del tensors  # the comparison needs the room
+        del tensors  # the comparison needs the memory
         comparison = compare(plan, tokens, made, partial) if chosen.verify else None
         report = make_report(plan, tokens, comparison, folder, partial, source=str(source), target=str(target))
         (partial / "README.md").write_text(model_card(report, folder), encoding="utf-8")
@@ -104,11 +104,11 @@ convert_checkpoint.__signature__ = inspect.Signature(_PLACES + _OPTIONS, return_
 
 
 def check_apart(source: Path, target: Path) -> None:
-    """Refuse a target that is the source, or inside of it, or around it."""
+    """Refuse a target that is the source, lies inside it, or contains it."""
     source = source.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise ConversionError(
-            f"The target {target} and the source {source} must be apart: the source is never touched."
+            f"The target {target} and the source {source} must be apart: the source is never changed."
         )
 
 
@@ -155,7 +155,7 @@ def target_config(plan: Plan) -> dict[str, Any]:
 
 
 def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the target, and those of them that are made because the source lacks them.
+    """The tensors of the target, and those among them that are created because the source lacks them.
 
     Raises:
         ConversionError: a tensor of the source is damaged.
@@ -183,7 +183,7 @@ def make_tensors(plan: Plan, tokens: Tokens) -> tuple[dict[str, Tensor], dict[st
 
 
 def draw_missing(plan: Plan) -> dict[str, Tensor]:
-    """Fresh weights for the parameters that the source lacks, as for a new model."""
+    """Random weights, as in a new model, for the parameters that the source lacks."""
     if not plan.account.missing:
         return {}
     with torch.random.fork_rng(devices=[]):
@@ -193,17 +193,17 @@ def draw_missing(plan: Plan) -> dict[str, Tensor]:
 
 
 def fill_in(plan: Plan) -> dict[str, Tensor]:
-    """What ALBERT has and the source's family has not."""
+    """The tensors that ALBERT has and the source's family lacks."""
     shapes = parameter_shapes(plan.architecture, plan.sizes)
     make = {ZEROS: torch.zeros, IDENTITY: torch.eye}
     return {name: make[value](*shapes[name]) for name, value in plan.account.filled.items()}
 
 
 def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a place that cannot hold the tensors."""
+    """Raise `OSError` if the disk cannot hold the tensors."""
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
     if size > free:
-        raise OSError(f"{folder} is too full: the weights take {size:,} bytes, and {free:,} are free.")
+        raise OSError(f"{folder} is too full: the weights take {size:,} bytes, but only {free:,} are free.")
 
 
 def make_report(
@@ -245,7 +245,7 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
+    """The name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -263,16 +263,16 @@ def describe_globals(plan: Plan, tokens: Tokens) -> str:
 
 
 def push(folder: Path, repository: str, token: str | None, private: bool) -> str:
-    """Upload a directory to a repository on the Hub, which is made if it does not exist; returns its address.
+    """Upload a directory to a repository on the Hub, which is created if needed, and return its address.
 
     Raises:
-        ConversionError: the Hub refuses, or is out of reach.
+        ConversionError: the Hub refuses the upload, or cannot be reached.
     """
     try:
         api = HfApi(token=token)
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Add an LSG-ALBERT")
-    except Exception as error:  # of the network: each release of huggingface_hub has its own
+    except Exception as error:  # network errors: each release of huggingface_hub has its own
         reason = one_line(error)
-        raise ConversionError(f"{folder} is whole, but could not be pushed to {repository}: {reason}") from error
+        raise ConversionError(f"{folder} is complete, but could not be pushed to {repository}: {reason}") from error
     return str(address)

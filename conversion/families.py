@@ -10,11 +10,11 @@ from typing import Any
 class Head:
     """What is special about one of a family's classes."""
 
-    becomes: str | None = None  # the LSG class in its place, as in `becomes="Model"`, if not the one of the same name
-    tensors: Mapping[str, str] = field(default_factory=dict)  # rules like those of the family, before them
+    becomes: str | None = None  # the LSG class that replaces it, such as "Model", if its name is another
+    tensors: Mapping[str, str] = field(default_factory=dict)  # rules like the family's, applied before them
     lost: str = "(?!)"  # matches the names, without prefix, of tensors that are left out
-    reason: str = ""  # why
-    is_new: bool = False  # whether nothing of the head is taken
+    reason: str = ""  # why they are left out
+    is_new: bool = False  # whether no tensor of the head is copied
     difference: str | None = None  # what the head's user should know
 
 
@@ -24,24 +24,24 @@ class Family:
 
     model_type: str
     title: str  # the model's usual name
-    class_name: str  # what the names of its classes begin with, such as "Albert" in `AlbertForMaskedLM`
-    prefix: str  # what stands before the tensors of the base model in a model with a head
-    cls_id: int  # in its vocabularies, for sources without a tokenizer
+    class_name: str  # the beginning of its classes' names, such as "Albert" in `AlbertForMaskedLM`
+    prefix: str  # the prefix of the base model's tensor names in a model with a head
+    cls_id: int  # the id of [CLS] in its vocabularies, for sources without a tokenizer
     mask_id: int
-    vocabularies: Mapping[str, str]  # files that hold one: the class that reads it if no other file names a class
-    # Regular expressions and replacements, applied in order, that make ALBERT's name of a tensor's (without prefix).
+    vocabularies: Mapping[str, str]  # files, and the class that reads each if no other file names a class
+    # Regular expressions and replacements, applied in order. They turn a tensor's name (without prefix) into ALBERT's.
     tensors: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(default_factory=dict)  # of config.json: ALBERT's name, where that is another
+    fields: Mapping[str, str] = field(default_factory=dict)  # fields of config.json: ALBERT's name, if it differs
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of a config.json, under ALBERT's names
-    # A family whose layers share nothing: as many groups as layers. What ALBERT has and it has not is filled in.
+    # If False, there are as many groups as layers, and tensors that only ALBERT has are filled in.
     shares_layers: bool = True
-    added: Collection[str] = ()  # tensors of ALBERT's base model that it never has: they are filled with zeros
+    added: Collection[str] = ()  # tensors of ALBERT's base model that the family lacks: they are filled with zeros
     counts_from_padding: bool = False  # whether the first position is `pad_token_id + 1`
-    head_activation: str | None = None  # of the head for masked words, where it is not `hidden_act`
-    heads: Mapping[str, Head] = field(default_factory=dict)  # by what follows `class_name`
-    default_head: str = "ForPreTraining"  # where the config.json names no class
-    kin: Collection[str] = ()  # what the names of classes with the same tensors begin with
-    differences: Collection[str] = ()  # that remain between a source and its conversion
+    head_activation: str | None = None  # of the head for masked words, if it is not `hidden_act`
+    heads: Mapping[str, Head] = field(default_factory=dict)  # by the part of the class name after `class_name`
+    default_head: str = "ForPreTraining"  # if the config.json names no class
+    kin: Collection[str] = ()  # the beginnings of the names of classes with the same tensors
+    differences: Collection[str] = ()  # between a source and its conversion
 
     def tensor_name(self, name: str, head: str | None = None) -> str:
         """ALBERT's name, without prefix, of a tensor of this family, without prefix, in a model with that head."""
@@ -65,19 +65,19 @@ class Family:
         return fields
 
     def own_name(self, field: str, config: Mapping[str, Any]) -> str:
-        """The name in a config.json of this family of a field with that name in ALBERT's."""
+        """The name, in a config.json of this family, of a field of ALBERT."""
         if field == "embedding_size" and not self.shares_layers and field not in {*self.defaults, *config}:
-            field = "hidden_size"  # from which `albert_fields` has it
+            field = "hidden_size"  # `albert_fields` takes it from there
         names = {albert_name: name for name, albert_name in self.fields.items()}
         return field if field in config else names.get(field, field)
 
     def differences_of(self, head: str) -> list[str]:
-        """What remains different for a class of the family with that head."""
+        """The remaining differences for a class of the family with that head."""
         own = self.heads.get(head, Head()).difference
         return [*self.differences, *([own] if own else [])]
 
     def unused_positions(self, config: Mapping[str, Any]) -> int:
-        """How many rows of the position table no text uses."""
+        """The number of rows in the position table that no text uses."""
         pad = config.get("pad_token_id", self.defaults.get("pad_token_id"))
         return pad + 1 if self.counts_from_padding and type(pad) is int else 0
 
@@ -110,7 +110,7 @@ _DROPOUT = {"classifier_dropout": "classifier_dropout_prob"}
 
 
 def _vocabularies(**classes: str) -> dict[str, str]:
-    """Which class reads a vocabulary of each form. Many a model has been trained with another family's tokenizer."""
+    """The class that reads each form of vocabulary. Many models use another family's tokenizer."""
     files = {"word": "vocab.txt", "bytes": "vocab.json", "pieces": "sentencepiece.bpe.model"}
     usual = {"word": "BertTokenizer", "bytes": "RobertaTokenizer", "pieces": "XLMRobertaTokenizer"}
     own = {files[form]: name for form, name in classes.items()}
@@ -134,7 +134,7 @@ ALBERT = Family(
 
 
 def _like_bert(model_type: str, title: str, class_name: str, **fields: Any) -> Family:
-    """A family with BERT's English vocabulary, sizes and fields, but for those that are given."""
+    """A family with BERT's English vocabulary, sizes and fields, except for the given ones."""
     return Family(
         model_type=model_type,
         title=title,
@@ -150,12 +150,12 @@ def _like_bert(model_type: str, title: str, class_name: str, **fields: Any) -> F
 
 
 def _new_head(title: str, layer: str, tensors: str) -> Head:
-    """A head of which nothing is taken, because of a layer that ALBERT's head lacks."""
+    """A head that is not copied, because it has a layer that ALBERT's head lacks."""
     return Head(
         lost=tensors,
         is_new=True,
         reason=f"{title}'s {layer} has no counterpart in ALBERT's head",
-        difference=f"The head is new: {title}'s, a {layer}, has no counterpart in ALBERT. Train it before use.",
+        difference=f"The head is new, because ALBERT's has no counterpart of {title}'s {layer}. Train it before use.",
     )
 
 
@@ -172,7 +172,7 @@ BERT = _like_bert(
     heads={
         "ForPreTraining": Head(
             difference="`sop_classifier` holds BERT's next-sentence head: its class 0 means that the second part "
-            "follows the first, where ALBERT's own is about their order."
+            "follows the first. ALBERT's own head is about their order."
         ),
         "ForNextSentencePrediction": Head(
             becomes="Model", lost=r"^cls\.", reason="no LSG class has the next-sentence head alone"
@@ -210,8 +210,8 @@ def _roberta_like(model_type: str, title: str, class_name: str, tokenizer: dict[
         default_head="ForMaskedLM",
         kin={"Roberta", "XLMRoberta", "Camembert"} - {class_name},
         differences=(
-            f"{title} counts positions over real tokens only, this model over all: with padding on the left they "
-            "differ. Pad on the right.",
+            f"{title} counts positions over real tokens only; this model counts them over all tokens. With padding on "
+            "the left, their outputs differ. Pad on the right.",
         ),
         **fields,
     )
@@ -314,7 +314,7 @@ ZEROS, IDENTITY = "zeros", "the identity"
 
 
 def added_tensors(family: Family, embedding_size: int, hidden_size: int) -> dict[str, str]:
-    """What is filled in where a checkpoint of that family and size has it not, by ALBERT's names without prefix."""
+    """Tensors that such a checkpoint lacks, by ALBERT's names without prefix, and what they are filled with."""
     filled = dict.fromkeys(family.added, ZEROS)
     if not family.shares_layers and embedding_size == hidden_size:
         mapping = "encoder.embedding_hidden_mapping_in."

@@ -1,4 +1,4 @@
-"""Checkpoints as files: read one tensor at a time, written beside their place and moved there whole."""
+"""The files of checkpoints: tensors are read one at a time, and a directory appears only when it is complete."""
 
 import contextlib
 import glob
@@ -28,7 +28,7 @@ TOKENIZER_FILES = {name: None for family in FAMILIES.values() for name in family
 TOKENIZER_FILES |= dict.fromkeys(("merges.txt", "bpe.codes", "special_tokens_map.json", "added_tokens.json"))
 TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-MODULES = "modules.json"  # of sentence-transformers: what follows the encoder
+MODULES = "modules.json"  # of sentence-transformers: the list of the encoder and the modules after it
 MODULE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
 ROUTES = "router_config.json"  # of a module that holds others
 ENCODERS = ("Transformer", "MLMTransformer")  # the latter of sparse encoders before release 5.4
@@ -46,18 +46,18 @@ LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
 
 
 class ConversionError(ValueError):
-    """The conversion cannot be done; the message says in one line what is wrong with which file, option or place."""
+    """The conversion is impossible. The message says in one line which file, option or directory is wrong."""
 
 
 def fetch_source(source: str, revision: str | None = None, token: str | None = None) -> Path:
     """The directory of a checkpoint: `source` itself, or a copy of the Hub's repository of that name in the cache.
 
     Raises:
-        ConversionError: there is no such directory, and no such repository within reach.
+        ConversionError: there is no such directory, and no such repository can be reached.
     """
     if Path(source).is_dir():
         if revision is not None:
-            raise ConversionError(f"`revision` is for sources on the Hub, and {source} is a directory.")
+            raise ConversionError(f"`revision` is for sources on the Hub, but {source} is a directory.")
         return Path(source)
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
@@ -76,13 +76,14 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
             snapshot_download(source, allow_patterns=[f"{module}/*" for module in modules], **options)
     except ConversionError:
         raise
-    except Exception as error:  # of the network: each release of huggingface_hub has its own
-        raise ConversionError(f"{source} is no directory here, and the Hub gave none: {one_line(error)}") from error
+    except Exception as error:  # network errors: each release of huggingface_hub has its own
+        reason = one_line(error)
+        raise ConversionError(f"{source} is not a directory, and loading it from the Hub failed: {reason}") from error
     return folder
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks."""
+    """The message of an exception, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -90,14 +91,14 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
     Raises:
-        ConversionError: the file holds none.
+        ConversionError: the file does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConversionError(f"{path} is damaged: it holds no JSON object.")
+        raise ConversionError(f"{path} is damaged: it does not hold a JSON object.")
     return values
 
 
@@ -107,23 +108,23 @@ def write_json(path: Path, values: dict) -> None:
 
 
 class SourceWeights:
-    """The tensors of a checkpoint by name. Each is mapped from its file when asked for, and let go with its last
-    reference; only pickles of PyTorch before 1.6 are read at once.
+    """The tensors of a checkpoint by name. A tensor is mapped from its file when it is needed, and freed with its last
+    reference. Only pickles of PyTorch before 1.6 are read as a whole.
 
     Raises:
-        ConversionError: there are no weights, a file of theirs is missing or damaged.
+        ConversionError: there are no weights, or a file with weights is missing or damaged.
     """
 
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.skipped: dict[str, int] = {}  # rows at the beginning of a table that are not there for the reader
+        self.skipped: dict[str, int] = {}  # the number of first rows of a table that are left out
         self._pickled: dict[str, Tensor] = {}
         for path, names in find_weights(folder).items():
             found = self._open_pickle(path) if path.suffix == ".bin" else self._open_safetensors(path)
             missing = sorted(set(names) - set(found))
             if missing:
-                raise ConversionError(f"{path} is damaged: it lacks {missing[0]}, which its index promises.")
+                raise ConversionError(f"{path} is damaged: it lacks {missing[0]}, which its index lists.")
             self.shapes.update(found)
             self.files.update(dict.fromkeys(found, path))
 
@@ -141,7 +142,7 @@ class SourceWeights:
             reason = one_line(error).split(". ")[0]
             raise ConversionError(f"{path} is damaged, or holds more than weights: {reason}.") from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ConversionError(f"{path} is damaged: it is no dictionary of tensors.")
+            raise ConversionError(f"{path} is damaged: it is not a dictionary of tensors.")
         self._pickled.update(tensors)
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -150,7 +151,7 @@ class SourceWeights:
         return tensor[self.skipped[name] :] if name in self.skipped else tensor
 
     def whole(self, name: str) -> Tensor:
-        """A tensor with the rows that are left out."""
+        """A tensor including the rows that `skip_rows` leaves out."""
         if name in self._pickled:
             return self._pickled[name].detach()
         with safe_open(self.files[name], framework="pt") as file:
@@ -163,7 +164,7 @@ class SourceWeights:
         self.shapes[name] = (rows - self.skipped[name], *others)
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of that."""
+        """The shape of `whole(name)`."""
         if name not in self.skipped:
             return self.shapes[name]
         rows, *others = self.shapes[name]
@@ -171,11 +172,11 @@ class SourceWeights:
 
 
 def read_checked(weights: SourceWeights, name: str) -> Tensor:
-    """A tensor of the source, refused if it holds no floating-point numbers, or some that are not finite."""
+    """A tensor of the source; `ConversionError` unless it holds finite floating-point numbers."""
     tensor = weights[name]
     if not tensor.is_floating_point():
-        raise ConversionError(f"{weights.files[name]} is damaged: {name} is of the type {tensor.dtype}.")
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # which makes no copy of the tensor, as others do
+        raise ConversionError(f"{weights.files[name]} is damaged: {name} has the type {tensor.dtype}.")
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # unlike other ways, this copies nothing
         count = int((~tensor.isfinite()).sum())
         values = f"{count} of {tensor.numel()} values that are NaN or infinite"
         raise ConversionError(f"{weights.files[name]} is damaged: {name} has {values}.")
@@ -183,11 +184,11 @@ def read_checked(weights: SourceWeights, name: str) -> Tensor:
 
 
 def find_weights(folder: Path) -> dict[Path, list[str]]:
-    """The files with a checkpoint's weights, the first kind that transformers looks for, and the names that an index
-    says they hold.
+    """The files with a checkpoint's weights, and the tensors that an index lists for each. If there are several kinds
+    of files, the kind that transformers looks for first is used.
 
     Raises:
-        ConversionError: there are none, or one that the index names is missing.
+        ConversionError: there are no such files, or one that the index lists is missing.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
@@ -201,18 +202,18 @@ def find_weights(folder: Path) -> dict[Path, list[str]]:
                 shards.setdefault(folder / str(file_name), []).append(name)
             for path in shards:
                 if not path.is_file():
-                    raise ConversionError(f"{path} is missing, which {index} names.")
+                    raise ConversionError(f"{path} is missing, but {index} lists it.")
             return shards
     others = [name for name in ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index") if (folder / name).exists()]
-    hint = f" {others[0]} is of another framework: load and save it with PyTorch first." if others else ""
+    hint = f" {others[0]} belongs to another framework: load and save it with PyTorch first." if others else ""
     raise ConversionError(f"{folder} has no weights: neither {SAFETENSORS} nor {PICKLE}, whole or in shards.{hint}")
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: str = "5GB") -> None:
-    """Write tensors as safetensors, in several files with an index where `max_shard_size` asks for it.
+    """Write tensors as safetensors, in several files with an index if `max_shard_size` requires it.
 
     Raises:
-        OSError: the place is full or not writable.
+        OSError: the disk is full, or the folder is not writable.
     """
     shards = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -231,7 +232,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: str 
 
 
 def copy_code(folder: Path) -> list[str]:
-    """Copy the modeling file and the siblings that it imports, directly or not; returns their names."""
+    """Copy the modeling file and all files that it imports, directly or indirectly; return their names."""
     package = Path(__file__).resolve().parent.parent
     names, waiting = [], ["modeling_lsg_albert"]
     while waiting:
@@ -246,10 +247,10 @@ def copy_code(folder: Path) -> list[str]:
 def copy_tokenizer(
     source: Path, target: Path, vocabularies: Mapping[str, str], max_length: int, named: str | None = None
 ) -> str | None:
-    """Copy the tokenizer's files as they are, but for the longest text that it makes and the name of its class.
+    """Copy the tokenizer's files. Only its maximum length and the name of its class change.
 
-    Only ALBERT's class stays in tokenizer_config.json. Release 5.0 of transformers makes a generic tokenizer where that
-    file names another than the model's; it takes the class that config.json names.
+    Only ALBERT's class stays in tokenizer_config.json. If that file names a class other than the model's, transformers
+    5.0 makes a generic tokenizer. It does use the class that config.json names.
 
     Args:
         source, target: directories.
@@ -258,7 +259,7 @@ def copy_tokenizer(
         named: the class in the source's config.json.
 
     Returns:
-        The class, None if there is no tokenizer.
+        The class, or None if there is no tokenizer.
     """
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     classes = [tokenizer_class for name, tokenizer_class in vocabularies.items() if name in found]
@@ -367,10 +368,10 @@ def with_length(settings: dict[str, Any], max_length: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new directory to write into; at the end it becomes `target`, after an exception it vanishes.
+    """A new directory to write into. At the end it becomes `target`; after an exception it is removed.
 
-    It lies in a hidden directory beside `target`, and what is replaced is moved there. That is all that a killed process
-    leaves; the next call removes it, and puts back what `target` was if the kill came between two renames.
+    The new directory lies in a hidden directory beside `target`. An old `target` is moved there too. A killed process
+    leaves only the hidden directory. The next call removes it, and puts the old `target` back if it is still there.
 
     Raises:
         ConversionError: `target` exists, and `overwrite` is False or not safe.
@@ -387,7 +388,7 @@ def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             for path in (*partial.rglob("*"), partial):
                 sync(path)
-            check_target(target, overwrite)  # it may have come into being meanwhile
+            check_target(target, overwrite)  # someone else may have created it meanwhile
             if target.exists():
                 target.rename(workshop / REPLACED)
             partial.rename(target)
@@ -397,14 +398,14 @@ def whole_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def recover(target: Path) -> None:
-    """Remove what killed conversions left beside `target`, or put it back; what a live one works on is left alone."""
+    """Clean up after killed conversions to `target`. The directories of running conversions are left alone."""
     for workshop in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         with contextlib.suppress(Timeout, FileNotFoundError), FileLock(workshop / LOCK, timeout=0):
             clear(workshop, target)
 
 
 def clear(workshop: Path, target: Path) -> None:
-    """Remove the directory of a conversion; what it has replaced is put back unless something has taken its place."""
+    """Remove the hidden directory of a conversion. The old target is put back unless there is a new one."""
     replaced = workshop / REPLACED
     if replaced.exists() and not target.exists():
         replaced.rename(target)
@@ -412,17 +413,17 @@ def clear(workshop: Path, target: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, and with `overwrite` one that is something else than a model."""
+    """Refuse a target that exists; with `overwrite`, refuse only a target that is not a model."""
     if not target.exists():
         return
     if not overwrite:
         raise ConversionError(f"{target} exists. Choose another target, or replace this one with `--overwrite`.")
     if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ConversionError(f"{target} is not replaced: it is no model's directory, as it has no config.json.")
+        raise ConversionError(f"{target} is not replaced: it is not a model's directory, it has no config.json.")
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory on the disk, not only in the system's memory."""
+    """Make sure that a file or directory is on the disk, not only in the system's memory."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

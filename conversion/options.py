@@ -1,6 +1,6 @@
-"""The options of a conversion: the one list from which the function and the command line take theirs.
+"""The options of a conversion: one list for both the function and the command line.
 
-Imports nothing slow: the command line must answer a wrong argument at once.
+This module imports nothing slow, because the command line must answer a wrong argument at once.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PLACES = "reading and writing"
 
 
 class _Unset(enum.Enum):
-    """Stands for a parameter that is not given, where None is a value."""
+    """Marks a parameter that is not given, because None is a value."""
 
     UNSET = enum.auto()
 
@@ -28,7 +28,7 @@ UNSET: Any = _Unset.UNSET
 
 
 def _option(default: Any, text: str, group: str = CONVERSION, flag: str | None = None, **argument: Any) -> Any:
-    """A field with what `argparse.ArgumentParser.add_argument` needs for it."""
+    """A field, with the arguments of `argparse.ArgumentParser.add_argument` for it."""
     if isinstance(default, bool):
         argument["action"] = f"store_{not default}".lower()
     elif default is not None:
@@ -37,14 +37,14 @@ def _option(default: Any, text: str, group: str = CONVERSION, flag: str | None =
 
 
 def _parameter(default: Any, kind: Callable[[str], Any], text: str) -> Any:
-    """A field of `LSGAlbertConfig`, whose default is named but left to that class, as the check of the value is."""
+    """A field of `LSGAlbertConfig`. Help names its default; that class sets the default and checks the value."""
     argument = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
     argument |= {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
     return field(default=UNSET, metadata={"group": PATTERN, "flag": None, "argument": argument})
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:
-    """Reads values of a type where None is allowed, for which the word "none" stands."""
+    """Reads values of a type, or the word "none" for None."""
 
     def read(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
@@ -55,20 +55,20 @@ def _or_none(kind: type) -> Callable[[str], Any]:
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What `convert_checkpoint` and `lsg-albert convert` can be told beside source and target.
+    """The options of `convert_checkpoint` and `lsg-albert convert`.
 
-    Values are checked where they are used, `dtype` here (ValueError).
+    Values are checked where they are used. Only `dtype` is checked here (ValueError).
     """
 
     max_length: int = _option(4096, "length of the longest text in tokens", type=int, metavar="N")
     architecture: str | None = _option(
         None,
-        "class of TARGET: AlbertForX, LSGAlbertForX or the family's ForX (default: the source's)",
+        "class of TARGET: AlbertForX, LSGAlbertForX or the family's own class (default: the source's)",
         metavar="CLASS",
     )
     random_global_init: bool = _option(False, "make the global tokens from random words (default: from [MASK])")
     global_positional_stride: int = _option(
-        64, "distance of the positions of two global tokens", type=int, metavar="N"
+        64, "distance in positions between one global token and the next", type=int, metavar="N"
     )
     keep_first_global_token: bool = _option(False, "LSG sources: keep the first global token and remake the others")
     resize_lsg: bool = _option(False, "LSG sources: keep the global tokens and change only the length")
@@ -86,28 +86,28 @@ class ConversionOptions:
     )
 
     block_size: int = _parameter(
-        128, int, f"tokens in a block; a token sees its own block and {LSGPattern.neighbours} on each side"
+        128, int, f"tokens in a block; a token attends to its own block and {LSGPattern.neighbours} on each side"
     )
     sparse_block_size: int | None = _parameter(
-        128, _or_none(int), "sparse tokens seen on each side of the local window; 0 or none for no sparse part"
+        128, _or_none(int), "sparse tokens on each side of the local window; 0 or none for no sparse part"
     )
     sparsity_factor: int = _parameter(
-        2, int, "tokens that one sparse token stands for; must divide the block size; 0 for no sparse part"
+        2, int, "number of tokens that one sparse token stands for; must divide the block size; 0 for no sparse part"
     )
     sparsity_type: str | None = _parameter(
         "norm", _or_none(str), "norm, pooling, lsh, stride, block_stride, bos_pooling, or none for no sparse part"
     )
     num_global_tokens: int = _parameter(
-        1, int, "number of global tokens, which see and are seen by all tokens; 1 to 512"
+        1, int, "number of global tokens, 1 to 512; they attend to all tokens, and all tokens attend to them"
     )
     mask_first_token: bool = _parameter(
         False,
         bool,
-        "hide [CLS] as a key, so that the first global token replaces it; always on for sentence-transformers unless given",
+        "hide [CLS] from all tokens; the first global token replaces it; on for sentence-transformers unless given",
     )
-    pool_with_global: bool = _parameter(True, bool, "the first output is that of the first global token")
+    pool_with_global: bool = _parameter(True, bool, "return the first global token's output in place of [CLS]'s")
     adaptive: bool = _parameter(True, bool, "pad inputs to whole blocks, and remove this padding from the outputs")
-    pack_padding: bool = _parameter(True, bool, "skip whole blocks of padding behind the texts of a batch")
+    pack_padding: bool = _parameter(True, bool, "skip whole blocks of padding at the end of texts")
     lsh_num_pre_rounds: int = _parameter(1, int, "lsh: number of hashing rounds before the last one")
     lsh_seed: int | None = _parameter(
         0, _or_none(int), "lsh: seed of the random projections; none for new ones in each call"
@@ -120,7 +120,7 @@ class ConversionOptions:
     token: str | None = _option(None, "access token for the Hub (default: the one you are logged in with)", PLACES)
     overwrite: bool = _option(False, "replace TARGET if it exists", PLACES)
     verify: bool = _option(True, "skip the comparison of TARGET with SOURCE", PLACES, "--no-verify")
-    max_shard_size: str = _option("5GB", "size of the largest file of weights", PLACES, metavar="SIZE")
+    max_shard_size: str = _option("5GB", "size of the largest weight file", PLACES, metavar="SIZE")
     push_to_hub: str | None = _option(
         None, "upload TARGET to this repository on the Hub", PLACES, metavar="REPOSITORY"
     )
@@ -132,7 +132,7 @@ class ConversionOptions:
 
     @property
     def pattern(self) -> dict[str, Any]:
-        """The parameters of `LSGAlbertConfig` that are given."""
+        """The parameters of `LSGAlbertConfig` that the user gave."""
         names = [option.name for option in fields(self) if option.metadata["group"] == PATTERN]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not UNSET}
 
@@ -144,7 +144,7 @@ ConversionOptions.__doc__ = f"{ConversionOptions.__doc__}\n    Args:" + "".join(
 
 
 def add_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Give a command all options of a conversion; returns the groups of its help by their titles."""
+    """Add all options of a conversion to a command. Return the groups of its help by their titles."""
     groups = {title: parser.add_argument_group(title) for title in (CONVERSION, PATTERN, PLACES)}
     for option in fields(ConversionOptions):
         flag = option.metadata["flag"] or "--" + option.name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""What a conversion is going to do, decided before anything is made."""
+"""The plan of a conversion, which is made before anything is written."""
 
 import copy
 import dataclasses
@@ -34,11 +34,11 @@ from .files import MODULES, TOKENIZER_SETTINGS, ConversionError, SourceWeights, 
 from .options import ConversionOptions
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, WORD_TABLE
 
-# Fields of a config.json that say how a model was saved or run, not what it is.
+# Fields of a config.json that tell how a model was saved or run. They do not describe the model itself.
 NOT_KEPT = {"model_type", "architectures", "auto_map", "transformers_version", "transformers_weights", "_name_or_path"}
 NOT_KEPT |= {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 
-RUN_SETTINGS = {"chunk_size_feed_forward": int, "output_attentions": bool, "output_hidden_states": bool}  # and types
+RUN_SETTINGS = {"chunk_size_feed_forward": int, "output_attentions": bool, "output_hidden_states": bool}  # with types
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,27 @@ class Source:
         return self.family.albert_fields({n: value for n, value in self.config.items() if n not in NOT_KEPT})
 
     def own_name(self, field: str) -> str:
-        """The name that a field of ALBERT's config.json has in the source's."""
+        """The name, in the source's config.json, of a field of ALBERT."""
         return self.family.own_name(field, self.config)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions that a source's config.json, the names and shapes of its tensors and the options lead to."""
+    """Decisions, made from a source's config.json, the names and shapes of its tensors, and the options."""
 
     source: Source
     options: ConversionOptions
     sizes: LSGAlbertConfig  # of the source
     config: LSGAlbertConfig  # of the target
     architecture: str  # of the target
-    head: str  # of the source's class that is its counterpart, such as "ForMaskedLM"
+    head: str  # of the matching class in the source's family, such as "ForMaskedLM"
     account: Account
     source_dtype: torch.dtype
     is_lsg: bool  # whether the source is an LSG-ALBERT already
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the target's weights."""
+        """The dtype of the target's weights."""
         return self.source_dtype if self.options.dtype is None else getattr(torch, self.options.dtype)
 
     @property
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def keeps_first_global(self) -> bool:
-        """Whether the first of them stays, while the others are made anew."""
+        """Whether only the first global token stays, and the others are made again."""
         return self.is_lsg and self.options.keep_first_global_token and not self.options.resize_lsg
 
 
@@ -104,11 +104,11 @@ def read_source(folder: Path) -> Source:
     """Open a checkpoint of one of the families.
 
     Raises:
-        ConversionError: there is no config.json, it is another model's, or the weights are not right.
+        ConversionError: there is no config.json, it belongs to an unknown model, or the weights are wrong.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"{folder} is no checkpoint: it has no config.json.")
+        raise ConversionError(f"{folder} is not a checkpoint: it has no config.json.")
     config = read_json(path)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -119,7 +119,7 @@ def read_source(folder: Path) -> Source:
     check_type(path, config.get("model_type"))
     weights = SourceWeights(folder)
     family = find_family(path, config.get("model_type"), architecture, weights.shapes)
-    if family is not ALBERT:  # whose fields are all checked later
+    if family is not ALBERT:  # ALBERT's fields are all checked later
         check_encoder(path, config, architecture)
     unused = family.unused_positions(config)
     for name in [name for name in weights.shapes if unused and name.endswith(POSITION_TABLE)]:
@@ -128,7 +128,7 @@ def read_source(folder: Path) -> Source:
 
 
 def check_type(path: Path, model_type: Any) -> None:
-    """Refuse models of other families, with the reason where it is known; none is fine."""
+    """Refuse models of other families, with the reason if it is known. None is accepted."""
     if model_type is None or (isinstance(model_type, str) and model_type in FAMILIES):
         return
     reason = f": {OTHERS[model_type]}" if isinstance(model_type, str) and model_type in OTHERS else ""
@@ -138,7 +138,7 @@ def check_type(path: Path, model_type: Any) -> None:
 
 
 def check_encoder(path: Path, config: Mapping[str, Any], architecture: str | None) -> None:
-    """Refuse what belongs to a family by its type, but is no encoder like ALBERT."""
+    """Refuse a model whose type is that of a family, but which is not an encoder like ALBERT."""
     positions = config.get("position_embedding_type") or "absolute"
     decoding = [name for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if config.get(name)]
     reason = None
@@ -149,13 +149,13 @@ def check_encoder(path: Path, config: Mapping[str, Any], architecture: str | Non
     elif (architecture or "").endswith(("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")):
         reason = f"{architecture} is a decoder, and ALBERT is an encoder"
     elif config.get("adapters"):
-        reason = "`adapters` is set: merge them into the model, or leave them out, first"
+        reason = "`adapters` is set: first merge the adapters into the model, or remove them"
     if reason is not None:
         raise ConversionError(f"{path} cannot be converted, {reason}. What converts: {CONVERTIBLE}.")
 
 
 def find_family(path: Path, model_type: str | None, architecture: str | None, names: Iterable[str]) -> Family:
-    """The family that `model_type` names or, where it is missing, the names of the class or of the tensors."""
+    """The family that `model_type` names; if it is missing, the family of the class name or of the tensors' names."""
     start = (architecture or "").removeprefix("LSG")
     by_class = [family for family in FAMILIES.values() if start.startswith(family.class_name)]
     prefixes = {name.split(".")[0] + "." for name in names} & {family.prefix for family in FAMILIES.values()}
@@ -181,10 +181,10 @@ def find_family(path: Path, model_type: str | None, architecture: str | None, na
 
 
 def make_plan(source: Source, options: ConversionOptions) -> Plan:
-    """Decide what becomes of a source.
+    """Decide how a source is converted.
 
     Raises:
-        ValueError: it cannot be converted, or not in this way.
+        ValueError: it cannot be converted, or not with these options.
     """
     sizes = source_sizes(source)
     # An encoder of sentence-transformers has no global token beside [CLS]: short texts then have the source's embeddings.
@@ -195,7 +195,7 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     if options.max_length < full_length:
         raise ConversionError(
             f"`max_length` ({options.max_length}) must be at least {full_length}, the length up to which all tokens see "
-            f"each other with a `block_size` of {config.block_size}: take a longer one, or a smaller `block_size`."
+            f"each other with a `block_size` of {config.block_size}. Raise it, or choose a smaller `block_size`."
         )
     family, shapes = source.family, source.weights.shapes
     named = options.architecture or source.architecture or usual_architecture(family, shapes)
@@ -215,33 +215,34 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
 
 
 def check_activation(source: Source, account: Account) -> None:
-    """Refuse a head for masked words whose activation is not that of the layers, as ALBERT's is."""
+    """Refuse a head for masked words whose activation differs from the layers', since in ALBERT they are the same."""
     family, activation = source.family, source.fields.get("hidden_act")
     has_head = any(part_of(name) == "predictions" for name in account.copied)
     if has_head and family.head_activation and activation not in (family.head_activation, "gelu_python"):
         raise ConversionError(
             f"{source.folder / 'config.json'}: `hidden_act` is {activation!r}, but {family.title}'s head for masked "
-            f"words always has {family.head_activation!r}, and ALBERT has one for both. Convert the encoder alone with "
+            f"words always has {family.head_activation!r}. ALBERT has one for both. Convert the encoder alone with "
             f"`--architecture {family.class_name}Model`."
         )
 
 
 def usual_architecture(family: Family, names: Iterable[str]) -> str:
-    """The class of a checkpoint whose config.json names none: without a head unless it has that of pre-training."""
+    """The class if config.json names none: the bare model, unless there is a head of pre-training."""
     has_head = any(part_of(target_name(name, family, "")) == "predictions" for name in names)
     head = family.default_head if has_head or family is ALBERT else "Model"
     return family.class_name + head
 
 
 def settle_twins(account: Account, source: Source, ties_words: bool) -> Account:
-    """Decide on the parameters that the source has under both of their names.
+    """Decide which values to use for parameters that the source has under two names.
 
     A decoder's weight that is a copy of the word embeddings is left out. Both names of a bias stay: before release 5,
-    transformers' own ALBERT reads the bias from the second alone. If their values differ, those of the second stay.
+    transformers' own ALBERT reads the bias from the second alone. If their values differ, those
+    under the second name stay.
 
     Raises:
-        ConversionError: the decoder's weight is not the word embeddings', to which it is tied. Which of them counts
-            differs between releases of transformers.
+        ConversionError: the decoder's weight is tied to the word embeddings, but its values differ. Releases of
+            transformers differ in which of the two they use.
     """
     copied, dropped = dict(account.copied), dict(account.dropped)
     for twin, first in TWINS.items():
@@ -253,7 +254,7 @@ def settle_twins(account: Account, source: Source, ties_words: bool) -> Account:
             raise ConversionError(
                 f"{source.folder} contradicts itself: by its `tie_word_embeddings`, {copied[first]} and {copied[twin]} "
                 "are one tensor, but their values differ. Set `tie_word_embeddings` to false in its config.json to keep "
-                "both, or take one of them out."
+                "both, or remove one of them."
             )
         if twin == DECODER:
             dropped[copied.pop(twin)] = TIED
@@ -264,7 +265,7 @@ def settle_twins(account: Account, source: Source, ties_words: bool) -> Account:
 
 
 def source_sizes(source: Source) -> LSGAlbertConfig:
-    """The source's own configuration, refused with the name of the field if a value is impossible."""
+    """The source's own configuration. If a value is impossible, the error names its field."""
     fields = source.fields
     config, reason = try_config(fields)
     settings = {name: fields.get(name, kind()) for name, kind in RUN_SETTINGS.items()}
@@ -284,27 +285,27 @@ def source_sizes(source: Source) -> LSGAlbertConfig:
 
 
 def try_config(fields: dict[str, Any]) -> tuple[LSGAlbertConfig | None, str]:
-    """A configuration with these fields, or None and the reason why there is none."""
+    """A configuration with these fields, or None and the reason why it is impossible."""
     try:
         return LSGAlbertConfig.from_dict(fields), ""
-    except Exception as error:  # each release of transformers has others for its own fields
+    except Exception as error:  # each release of transformers raises other errors for its own fields
         return None, one_line(error)
 
 
 def load_tokenizer(target: Path, source: Source) -> PreTrainedTokenizerBase | None:
-    """The source's tokenizer as the target has it, None if there is none; refused if it cannot be loaded."""
+    """The source's tokenizer, loaded from the target; None if there is none. It must be possible to load it."""
     if not (target / TOKENIZER_SETTINGS).is_file():
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of settings that the source leaves open
+            warnings.simplefilter("ignore", FutureWarning)  # about settings that the source does not have
             return AutoTokenizer.from_pretrained(target)
-    except Exception as error:  # of three libraries, for damaged files
+    except Exception as error:  # three libraries raise errors for damaged files
         raise ConversionError(f"The tokenizer of {source.folder} cannot be loaded: {one_line(error)}") from error
 
 
 def with_token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Plan:
-    """The plan with the ids in its configuration that the tokenizer gives to what opens, ends and fills a text."""
+    """The plan, with the tokenizer's ids of the beginning, end and padding tokens in its configuration."""
     if tokenizer is None:
         return plan
     found = {
@@ -321,7 +322,7 @@ def with_token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Pla
 
 
 def choose_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Tokens:
-    """The tokens that are given, the tokenizer's, or the family's; refused if there is no mask token but need of one."""
+    """The given tokens, or else the tokenizer's or the family's. A needed mask token must not be missing."""
     options, family = plan.options, plan.source.family
     known = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.cls_token_id]
     candidates = [options.bos_token_id, *known, plan.sizes.bos_token_id, family.cls_id]
@@ -331,37 +332,37 @@ def choose_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> Toke
         mask = family.mask_id if tokenizer is None else tokenizer.mask_token_id
     if mask is None and not options.random_global_init:
         raise ConversionError(
-            "The source's tokenizer has no mask token: name another with `--mask-token-id`, or take "
-            "`--random-global-init`."
+            "The source's tokenizer has no mask token: name another token with `--mask-token-id`, or "
+            "use `--random-global-init`."
         )
-    if tokenizer is None and plan.keeps_globals:  # nothing is made of them, and any ids do for the comparison
+    if tokenizer is None and plan.keeps_globals:  # nothing is made from them, and the comparison works with any ids
         bos, mask = (min(token_id, plan.config.vocab_size - 1) for token_id in (bos, mask))
     return Tokens(tokenizer, bos, mask)
 
 
 def find_warnings(plan: Plan, tokens: Tokens) -> list[str]:
-    """What the user should know before the work begins."""
+    """Warnings that the user should see before the work begins."""
     options, account, found = plan.options, plan.account, []
     if tokens.tokenizer is None and options.mask_token_id is None and not plan.keeps_globals:
         found.append(
             f"{plan.source.folder} has no tokenizer: the global tokens are made from the ids {tokens.bos} for [CLS] "
-            f"and {tokens.mask} for [MASK]. `--bos-token-id` and `--mask-token-id` name others."
+            f"and {tokens.mask} for [MASK]. To choose other ids, use `--bos-token-id` and `--mask-token-id`."
         )
     for name in ("keep_first_global_token", "resize_lsg"):
         if getattr(options, name) and not plan.is_lsg:
             found.append(f"`--{name.replace('_', '-')}` has no effect: the source is not an LSG model.")
     if plan.is_lsg and not plan.keeps_globals:
         found.append(
-            "The source is an LSG model already, and its global tokens are made anew. `--resize-lsg` keeps them."
+            "The source is an LSG model already, but its global tokens are made again. `--resize-lsg` keeps them."
         )
     if account.missing:
-        found.append(f"The source has no {', '.join(account.missing)}: initialized at random, train them before use.")
+        found.append(f"The source has no {', '.join(account.missing)}: initialized at random. Train before use.")
     for name in [name for name, reason in account.dropped.items() if reason == OVERRULED]:
         found.append(
-            f"{name} and {account.copied[BIAS]} are names of one parameter, but their values differ: those of the second "
-            "are taken, as by transformers 5."
+            f"{name} and {account.copied[BIAS]} are names of one parameter, but their values differ. The values of "
+            "the second are used, as in transformers 5."
         )
     lost = [name for name, reason in account.dropped.items() if reason not in (BUFFER, TIED, OVERRULED)]
     if lost:
-        found.append(f"Left out of the target: {', '.join(lost)}.")
+        found.append(f"These tensors are left out of the target: {', '.join(lost)}.")
     return found

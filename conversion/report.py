@@ -1,4 +1,4 @@
-"""What a conversion did: as text, as JSON, and as the model card of its result."""
+"""The report of a conversion: as text, as JSON, and as the model card of its result."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ PIPELINE_TAGS = {
     "LSGAlbertForQuestionAnswering": "question-answering",
     "LSGAlbertForMultipleChoice": "multiple-choice",
 }
-STAYS_TRUE = ("license", "license_name", "license_link", "language", "datasets")  # of what a source's card says
+STAYS_TRUE = ("license", "license_name", "license_link", "language", "datasets")  # metadata of a source
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Report:
     target: str
     architecture: str
     dtype: str
-    source_max_length: int  # positions
+    source_max_length: int  # in tokens
     max_length: int
     parameters_before: int
     parameters_after: int
@@ -44,21 +44,21 @@ class Report:
     mask_token_id: int | None
     seed: int
     has_tokenizer: bool
-    modules: list[str] = field(default_factory=list)  # of sentence-transformers, which follow the encoder
+    modules: list[str] = field(default_factory=list)  # folders of sentence-transformers modules after the encoder
     dropped: dict[str, str] = field(default_factory=dict)  # tensor of the source: reason
     drawn: list[str] = field(default_factory=list)  # tensors of the target
-    differences: list[str] = field(default_factory=list)  # that remain between the source's family and ALBERT
+    differences: list[str] = field(default_factory=list)  # between the source's family and ALBERT
     warnings: list[str] = field(default_factory=list)
     comparison: Comparison | None = None  # None: not verified
     versions: dict[str, str] = field(default_factory=dict)
     pushed_to: str | None = None
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         write_json(path, dataclasses.asdict(self))
 
     def text(self) -> str:
-        """As lines to read."""
+        """The report as lines of text."""
         added = self.parameters_after - self.parameters_before
         rows = {
             "source": self.source + (f" (commit {self.source_commit})" if self.source_commit else ""),
@@ -87,14 +87,14 @@ class Report:
         rows = {
             "short text": f"{text}, {seen.tokens} tokens",
             "lossless setting": f"largest difference {seen.lossless_difference:.1e} (below {LOSSLESS:.0e})"
-            + ("" if seen.lossless_global_token == "stored" else ", with [CLS] put in global token 0 for the check"),
+            + ("" if seen.lossless_global_token == "stored" else ", with [CLS] as global token 0 for this check"),
             "chosen setting": f"largest difference {seen.chosen_difference:.1e}, cosine similarity of the last hidden "
             f"states {seen.chosen_cosine:.4f} (mean; 1 is equal)",
         }
         for name, top5 in (("source's top 5", seen.source_top5), ("target's top 5", seen.target_top5)):
             if top5 is not None:
                 rows[name] = ", ".join(f"{token} {probability:.3f}" for token, probability in top5)
-        memory = "" if seen.peak_memory_mb is None else f", process at most {seen.peak_memory_mb:,.0f} MB"
+        memory = "" if seen.peak_memory_mb is None else f", peak memory of the process {seen.peak_memory_mb:,.0f} MB"
         rows["full length"] = (
             f"{seen.full_length:,} tokens in {seen.full_length_seconds:.2f} s{memory} (encoder, float32)"
         )
@@ -102,8 +102,8 @@ class Report:
 
 
 def model_card(report: Report, source_folder: Path) -> str:
-    """The README.md of the target: what is known from the source, and what was done to it."""
-    path = Path(report.source)  # which is nobody's business
+    """The README.md of the target: facts from the source's card, and what the conversion did."""
+    path = Path(report.source)  # a local path does not go into the card
     data = ModelCardData(
         **known_metadata(source_folder / "README.md"),
         library_name="sentence-transformers" if report.modules else "transformers",
@@ -121,9 +121,9 @@ def model_card(report: Report, source_folder: Path) -> str:
 
 
 def known_metadata(card: Path) -> dict[str, Any]:
-    """Of the metadata of a source's card what stays true."""
+    """The metadata of a source's card that also holds for the target."""
     try:
         known = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # there is none, or it cannot be read as text, as YAML, or as metadata
+    except Exception:  # no card, or it cannot be read as text, as YAML, or as metadata
         return {}
     return {name: known[name] for name in STAYS_TRUE if known.get(name)}

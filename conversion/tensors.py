@@ -1,4 +1,4 @@
-"""The tensors of a conversion, without files: a table of global tokens is made, the position table is extended.
+"""The tensors of a conversion: making the table of global tokens, and extending the table of positions.
 
 Source: Condevaux and Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long sequences",
 arXiv 2210.15497, section 4, and the conversion script published with it.
@@ -28,20 +28,20 @@ def convert_state_dict(
     keep_first_global: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Weights of an LSG-ALBERT made from those of an ALBERT, of any head or none, or of another LSG-ALBERT.
+    """Make the weights of an LSG-ALBERT from those of an ALBERT or LSG-ALBERT, with any head or none.
 
     Args:
         state_dict: ALBERT's weights. Neither the dictionary nor a tensor in it is changed.
         max_length: positions of the result; the source's positions are repeated in order, or cut off.
-        bos_token_id: id of the token that opens a text; with its embedding global token 0 is made.
-        mask_token_id: id of the mask token; with its embedding the other global tokens are made. `random_globals`
-            needs none.
+        bos_token_id: id of the token that begins a text. Global token 0 is made from its embedding.
+        mask_token_id: id of the mask token. The other global tokens are made from its embedding, except with
+            `random_globals`.
         stride, use_token_type, random_globals, seed: see `make_global_table`.
-        keep_globals: leave the table of global tokens of an LSG-ALBERT as it is.
-        keep_first_global: leave only the first row of that table as it is.
+        keep_globals: leave an LSG-ALBERT's table of global tokens unchanged.
+        keep_first_global: leave only the first row of that table unchanged.
 
     Returns:
-        All tensors of the source but the position table unchanged, and the table of global tokens.
+        The source's tensors with a new position table and a table of global tokens.
 
     Raises:
         ValueError: an embedding table is missing, an id lies outside the vocabulary, or the stride does not work.
@@ -74,7 +74,7 @@ def convert_state_dict(
 
 
 def embeddings_prefix(state_dict: dict[str, Tensor]) -> str:
-    """What stands before the names of ALBERT's base model: "albert." in a model with a head, "" in the bare one.
+    """The prefix of the base model's tensor names: "albert." in a model with a head, "" in the bare model.
 
     Raises:
         ValueError: an embedding table is missing.
@@ -105,12 +105,12 @@ def make_global_table(
 
     Args:
         words, positions: tables (V, E) and (N, E) of the source.
-        token_type: embedding (E,) of the token type that is added, None for none.
-        bos_token_id, mask_token_id: rows of `words` in global token 0 and in the others.
+        token_type: embedding (E,) of the token type that is added; None to add none.
+        bos_token_id, mask_token_id: rows of `words` for global token 0 and for the others.
         stride: distance in positions between one global token and the next.
         random_globals: draw words for all but token 0 from the normal distribution with the mean and covariance of
             `words`, instead of taking the mask token.
-        seed: of the generator of what is drawn: those words, and positions that a source with less than 512 lacks.
+        seed: of the random words, and of the positions that are missing in a source with fewer than 512.
 
     Returns:
         (512, E) in the dtype of `words`.
@@ -133,17 +133,17 @@ def make_global_table(
 
 
 def extend_to_globals(positions: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions (N, E), and normal rows with each column's mean and deviation behind them if N is below 512."""
+    """Positions (N, E). If N is below 512, random normal rows with each column's mean and deviation are appended."""
     missing = max(0, NUM_GLOBALS - len(positions))
     noise = torch.randn(missing, positions.shape[1], generator=generator, dtype=positions.dtype)
     return torch.cat([positions, positions.mean(0) + noise * positions.std(0)])
 
 
 def order_positions(positions: Tensor, stride: int) -> Tensor:
-    """512 of the positions (N, E), N >= 512, `stride` apart, starting again at the next one when the end is reached.
+    """512 of the positions (N, E), N >= 512, `stride` apart, starting again one position later after each round.
 
     Raises:
-        ValueError: the stride does not visit 512 positions that way.
+        ValueError: 512 positions cannot be visited with this stride.
     """
     spacing = len(positions) // NUM_GLOBALS  # only every `spacing`-th position is used
     step = stride // spacing
@@ -157,7 +157,7 @@ def order_positions(positions: Tensor, stride: int) -> Tensor:
 
 def draw_words(words: Tensor, generator: torch.Generator) -> Tensor:
     """512 rows from the normal distribution with the mean and covariance of the rows of `words` (V, E)."""
-    # By the eigenvectors and not Cholesky's factor: the covariance may be singular.
+    # Eigenvectors are used and not Cholesky's factor, because the covariance may be singular.
     variances, axes = torch.linalg.eigh(words.T.cov())
     noise = torch.randn(NUM_GLOBALS, words.shape[1], generator=generator, dtype=words.dtype)
     return words.mean(0) + (noise * variances.clamp(min=0).sqrt()) @ axes.T

@@ -1,4 +1,4 @@
-"""The proof of a conversion: the target, read from its files, computes what the source does."""
+"""Verification of a conversion: the target, read from its files, must give the same outputs as the source."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ Reader = Callable[[str], Tensor]  # gives a tensor by its name in the target
 Inputs = dict[str, Tensor]  # by their names
 Outputs = dict[str, Tensor]
 
-LOSSLESS = 1e-4  # largest difference of logits in the lossless setting, where only rounding may tell the models apart
+LOSSLESS = 1e-4  # largest difference of outputs in the lossless setting, where only rounding differs
 SHORT_TEXT = (
     "The river flows from the mountains into the {mask}. Ships go up and down on it, and towns lie on both sides."
 )
@@ -33,33 +33,33 @@ SHORT_TEXT = (
 
 @dataclass
 class Comparison:
-    """What the target computes, beside what the source does."""
+    """The outputs of the target compared with those of the source."""
 
-    text: str | None  # None: random ids, as the source has no tokenizer
+    text: str | None  # None: random ids, because the source has no tokenizer
     tokens: int
     lossless_difference: float
-    lossless_global_token: str  # "stored", or "computed" where the stored one is meant to differ from [CLS]
+    lossless_global_token: str  # "stored", or "computed" if the stored one should differ from [CLS]
     chosen_difference: float
-    chosen_cosine: float  # of the last hidden states of the same token in both, mean over all tokens
+    chosen_cosine: float  # of a token's last hidden states in both models, mean over all tokens
     source_top5: list[tuple[str, float]] | None
     target_top5: list[tuple[str, float]] | None
     full_length: int
     full_length_seconds: float
-    peak_memory_mb: float | None  # of the whole process, up to the end of the forward of full length
+    peak_memory_mb: float | None  # of the whole process, until the forward pass of full length has ended
 
 
 def compare(plan: Plan, tokens: Tokens, made: Mapping[str, Tensor], folder: Path) -> Comparison:
-    """Run source and target on a short text and a padded part of it, the target in two settings, and on full length.
+    """Run source and target on a short text and a part of it, the target in two settings and on full length.
 
     All models compute in float32; one is in memory at a time.
 
     Args:
         plan, tokens: of the conversion.
-        made: the tensors of the target that the source lacks, and those of ALBERT that its family lacks.
+        made: the tensors that the source or its family lacks, as they were made for the target.
         folder: the target.
 
     Raises:
-        ConversionError: the target is not lossless where it must be, or gives numbers that are not finite.
+        ConversionError: the target is not lossless in the lossless setting, or gives numbers that are not finite.
     """
     source, target = source_reader(plan, made), SourceWeights(folder)
     config = LSGAlbertConfig.from_pretrained(folder)
@@ -97,7 +97,7 @@ def compare(plan: Plan, tokens: Tokens, made: Mapping[str, Tensor], folder: Path
 
 
 def source_reader(plan: Plan, made: Mapping[str, Tensor]) -> Reader:
-    """Reads the source's tensors, and those made beside them, by their names in the target."""
+    """A function that reads the source's tensors and those in `made` by their names in the target."""
     copied = plan.account.copied
 
     def read(name: str) -> Tensor:
@@ -108,12 +108,12 @@ def source_reader(plan: Plan, made: Mapping[str, Tensor]) -> Reader:
 
 
 def first_name(name: str, known: Container[str]) -> str:
-    """The name itself or, if it is the second one of a tensor and not known, that tensor's first."""
+    """The name itself if it is known, or else the first name of the tensor that has it as its second name."""
     return name if name in known else TWINS[name]
 
 
 def build(architecture: str, config: PretrainedConfig, read: Reader) -> PreTrainedModel:
-    """A model in float32 whose parameters are `read(name)`, without a copy where that is in float32 already."""
+    """A model in float32 whose parameters are `read(name)`, without a copy if those are in float32 already."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = model_class(architecture)(config)
@@ -123,8 +123,8 @@ def build(architecture: str, config: PretrainedConfig, read: Reader) -> PreTrain
 
 
 def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
-    """The source as transformers' own ALBERT; of an LSG-ALBERT only what ALBERT has."""
-    # Fractions other than this one are of no account in evaluation; transformers 5 refuses None and integers there.
+    """The source as transformers' own ALBERT. Tensors that only an LSG-ALBERT has are left out."""
+    # Only one of the fractions matters in evaluation. transformers 5 refuses None and integers for all of them.
     fractions = {name for name, value in AlbertConfig().to_dict().items() if isinstance(value, float)}
     fields = {name: value for name, value in plan.source.fields.items() if name not in fractions}
     config = AlbertConfig.from_dict({**fields, "layer_norm_eps": float(plan.sizes.layer_norm_eps)})
@@ -133,9 +133,9 @@ def build_albert(plan: Plan, read: Reader) -> PreTrainedModel:
 
 
 def load_source(plan: Plan) -> PreTrainedModel:
-    """The source as its own class reads it from its own files: a model in float32, without head if that is new.
+    """The source, loaded by its own class from its own files: a model in float32, without its head if that is new.
 
-    Nothing of the conversion is in it, so that a wrong name or rule shows.
+    No code of the conversion is used, so that a wrong name or rule is found.
 
     Raises:
         ConversionError: transformers cannot load it.
@@ -148,21 +148,21 @@ def load_source(plan: Plan) -> PreTrainedModel:
         config._attn_implementation = "eager"
         with quiet():
             model = load_files(cls, config, plan)
-    except Exception as error:  # each release has its own for what it does not like
+    except Exception as error:  # each release raises its own errors
         raise ConversionError(
-            f"transformers cannot load {source.folder} as {cls.__name__}, to compare with: {one_line(error)}. "
-            "`--no-verify` leaves the comparison out."
+            f"transformers cannot load {source.folder} as {cls.__name__} for the comparison: {one_line(error)}. "
+            "`--no-verify` skips the comparison."
         ) from error
     return model.float().eval()
 
 
 def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, plan: Plan) -> PreTrainedModel:
-    """A model as its class reads it from the source's files, mended where releases before 5 have faults."""
+    """A model that its class reads from the source's files. Faults of releases before 5 are corrected."""
     source, prefix, weights = plan.source, cls.base_model_prefix + ".", plan.source.weights
     bare = getattr(transformers, source.family.class_name + "Model")
     names = {name: name for name in weights.shapes}
     if cls is not bare and not any(name.startswith(prefix) for name in names):
-        # Of a head on a base without prefix they say that the file is damaged.
+        # For a head on a base without prefix, those releases report a damaged file.
         with torch.device("meta"):
             parts = {name for name, _ in bare(copy.deepcopy(config)).named_children()}
         names = {prefix * (name.split(".")[0] in parts) + name: name for name in names}
@@ -170,8 +170,8 @@ def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, plan: Plan)
         model = cls.from_pretrained(None, config=config, state_dict=state_dict)
     else:
         model = cls.from_pretrained(source.folder, config=config)
-    # Release 4.44 loses the bias of RoBERTa's decoder if the file has only one of its two names. If they contradict each
-    # other, releases before 5 do not all take the same.
+    # Release 4.44 loses the bias of RoBERTa's decoder if the file has only one of its two names. If both names have
+    # different values, releases before 5 differ in which they use.
     state_dict = model.state_dict()
     for name in [name for name in names.keys() & state_dict.keys() if name.endswith("bias")]:
         if plan.account.dropped.get(names[name]) != OVERRULED:
@@ -181,7 +181,7 @@ def load_files(cls: type[PreTrainedModel], config: PretrainedConfig, plan: Plan)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's progress bars, and its remarks on what a file has more or less than a class."""
+    """Turn off the library's progress bars, and its warnings about missing and unexpected tensors."""
     logging = transformers.logging
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -197,13 +197,13 @@ def quiet() -> Iterator[None]:
 def run_source(plan: Plan, read: Reader, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Outputs:
     """The source's outputs in float32, from weights rounded to `dtype`.
 
-    An ALBERT is built from its tensors, which go by the same names in the target, and so is what an LSG model has of an
-    ALBERT. All others are loaded from their own files.
+    An ALBERT, and the ALBERT inside an LSG model, is built from its tensors, because they have the same names in the
+    target. All other sources are loaded from their own files.
     """
     if plan.is_lsg or plan.source.family.shares_layers:
         return run(build_albert(plan, lambda name: read(name).to(dtype)), inputs)
     model = load_source(plan).to(dtype).float()
-    # Its class has its own ways to number positions, and not all know token types.
+    # The class numbers positions in its own way, and not every class knows token types.
     outputs = run(model, {name: inputs[name] for name in ("input_ids", "attention_mask")})
     if plan.account.missing:
         return {"last_hidden_state": outputs["last_hidden_state"]}
@@ -212,7 +212,7 @@ def run_source(plan: Plan, read: Reader, inputs: Inputs, dtype: torch.dtype = to
 
 
 def short_inputs(plan: Plan, tokens: Tokens) -> tuple[str | None, Inputs]:
-    """A text with a masked word, if there is a tokenizer, and inputs (2, length): the text, and half of it with padding.
+    """A text with a masked word (with a tokenizer), and inputs (2, length): the text, and half of it with padding.
 
     Raises:
         ConversionError: the tokenizer gives ids that the model does not have.
@@ -223,7 +223,7 @@ def short_inputs(plan: Plan, tokens: Tokens) -> tuple[str | None, Inputs]:
         ids = tokens.tokenizer(text)["input_ids"]
         if max(ids) >= vocab_size:
             raise ConversionError(
-                f"The tokenizer is not the model's: it gives the id {max(ids)}, where `vocab_size` is {vocab_size}."
+                f"The tokenizer is not the model's: it gives the id {max(ids)}, but `vocab_size` is {vocab_size}."
             )
     else:
         text, ids = None, torch.randint(vocab_size, (30,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -240,7 +240,7 @@ def short_inputs(plan: Plan, tokens: Tokens) -> tuple[str | None, Inputs]:
 
 
 def all_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> Inputs:
-    """All inputs for ids (batch, length), as the buffers that would stand in for some may be without content."""
+    """All inputs for ids (batch, length). None is left to a default, because the model's buffers may be empty."""
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
@@ -252,7 +252,7 @@ def all_inputs(input_ids: Tensor, attention_mask: Tensor | None = None) -> Input
 def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Outputs:
     """The outputs for inputs (batch, length), with zeros at padding; `ConversionError` if the model cannot be run.
 
-    The last hidden states are among them, unless they are not wanted.
+    With `with_states`, the last hidden states are among them.
     """
     name = type(model).__name__
     mask = inputs["attention_mask"]
@@ -263,8 +263,7 @@ def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Out
             outputs = model(**inputs, output_hidden_states=with_states, return_dict=True)
     except (RuntimeError, IndexError, MemoryError) as error:  # too little memory, or a size that a release cannot run
         raise ConversionError(
-            f"{name} cannot be run on {mask.shape[-1]} tokens: {one_line(error)}. `--no-verify` leaves the comparison "
-            "out."
+            f"{name} cannot be run on {mask.shape[-1]} tokens: {one_line(error)}. `--no-verify` skips the comparison."
         ) from error
     found = {key: value for key, value in outputs.items() if isinstance(value, Tensor)}
     if with_states:
@@ -279,7 +278,7 @@ def run(model: PreTrainedModel, inputs: Inputs, with_states: bool = True) -> Out
 
 
 def largest_difference(outputs: Outputs, reference: Outputs) -> float:
-    """Between two models' outputs of the same names."""
+    """The largest difference between two models' outputs of the same names."""
     return max(float((outputs[name] - reference[name]).abs().max()) for name in reference)
 
 
@@ -292,18 +291,18 @@ def mean_cosine(outputs: Outputs, reference: Outputs, attention_mask: Tensor) ->
 def lossless_difference(
     plan: Plan, tokens: Tokens, source: Reader, chosen: PreTrainedModel, inputs: Inputs, reference: Outputs
 ) -> tuple[float, str]:
-    """The largest difference to the source in the setting in which only float32's rounding may make one.
+    """The largest difference from the source in the lossless setting, where only rounding in float32 may differ.
 
     Args:
         plan, tokens, source: of the conversion.
         chosen: the target.
-        inputs, reference: for the models, and the source's outputs for them.
+        inputs, reference: the inputs of the models, and the source's outputs for them.
 
     Returns:
-        The difference, and whether the first global token was the "stored" or a "computed" one.
+        The difference, and "stored" or "computed" for the first global token that was used.
 
     Raises:
-        ConversionError: it is above `LOSSLESS`, or the first global token is not [CLS] where it was made so.
+        ConversionError: it is not below `LOSSLESS`, or the first global token should be [CLS] but is not.
     """
     prefix, weights = base_prefix(plan.architecture), chosen.state_dict()
     first_rows = {WORD_TABLE: tokens.bos, POSITION_TABLE: 0, TOKEN_TYPE_TABLE: 0}
@@ -314,8 +313,8 @@ def lossless_difference(
         rounding = max(torch.finfo(dtype).eps for dtype in (plan.dtype, torch.float32))
         allowed = rounding * sum(part.abs() for part in cls_parts)
         if not bool(((table[0] - sum(cls_parts)).abs() <= allowed).all()):
-            raise ConversionError("The first global token is not the embedding of [CLS]: nothing is written.")
-    # In half precision the row is rounded once more than the sum that the source makes in float32.
+            raise ConversionError("The first global token is not the embedding of [CLS]. Nothing was written.")
+    # In half precision, the stored row is rounded once more than the sum that the source computes in float32.
     is_stored = is_cls and plan.dtype.itemsize >= 4
     if not is_stored:
         table = table.clone()
@@ -324,16 +323,16 @@ def lossless_difference(
     config = lossless_config(chosen.config, inputs["input_ids"].shape[1])
     model = build(plan.architecture, config, weights.__getitem__)
     difference = largest_difference(run(model, inputs), reference)
-    if not difference < LOSSLESS:  # also where it is NaN
+    if not difference < LOSSLESS:  # also true for NaN
         raise ConversionError(
             f"The conversion is not lossless: with `mask_first_token=True` an output differs by {difference:.2e} "
-            f"from the source's, where less than {LOSSLESS:.0e} is right. Nothing is written."
+            f"from the source's, but must differ by less than {LOSSLESS:.0e}. Nothing was written."
         )
     return difference, "stored" if is_stored else "computed"
 
 
 def lossless_config(config: LSGAlbertConfig, length: int) -> LSGAlbertConfig:
-    """A configuration with which texts of that length are read as by ALBERT: one global token in [CLS]'s place."""
+    """A configuration that reads texts of that length as ALBERT does: one global token takes [CLS]'s place."""
     config = copy.deepcopy(config)
     config.num_global_tokens, config.mask_first_token, config.pool_with_global = 1, True, True
     config.block_size, config.sparsity_type = max(config.block_size, length), "none"
@@ -341,19 +340,19 @@ def lossless_config(config: LSGAlbertConfig, length: int) -> LSGAlbertConfig:
 
 
 def time_full_length(model: PreTrainedModel, input_ids: Tensor) -> float:
-    """Seconds that the encoder takes for `input_ids` (1, length) repeated to full length; states must be finite."""
+    """The encoder's seconds for `input_ids` (1, length) repeated to full length. The states must be finite."""
     length = model.config.max_position_embeddings
     ids = input_ids.repeat(1, length // input_ids.shape[1] + 1)[:, :length]
     start = time.perf_counter()
     outputs = run(getattr(model, "albert", model), all_inputs(ids), with_states=False)
     seconds = time.perf_counter() - start
     if not bool(outputs["last_hidden_state"].isfinite().all()):
-        raise ConversionError(f"The result gives numbers that are not finite on {length} tokens. Nothing is written.")
+        raise ConversionError(f"The result gives numbers that are not finite on {length} tokens. Nothing was written.")
     return seconds
 
 
 def top5(plan: Plan, tokens: Tokens, outputs: Outputs, input_ids: Tensor) -> list[tuple[str, float]] | None:
-    """The five likeliest tokens in the mask's place with their probabilities; None without mask or such a head."""
+    """The five likeliest tokens for the mask with their probabilities; None without a mask or a head for it."""
     places = (input_ids[0] == (-1 if tokens.mask is None else tokens.mask)).nonzero().flatten()
     has_head = plan.architecture in ("LSGAlbertForMaskedLM", "LSGAlbertForPreTraining")
     logits = outputs.get("prediction_logits", outputs.get("logits"))
@@ -365,8 +364,8 @@ def top5(plan: Plan, tokens: Tokens, outputs: Outputs, input_ids: Tensor) -> lis
 
 
 def peak_memory_mb() -> float | None:
-    """The most memory that this process has had at any time; None where the system does not say."""
-    status = Path("/proc/self/status")  # Linux; the portable number counts what the parent process had, too
+    """The peak memory of this process so far; None if the system does not tell."""
+    status = Path("/proc/self/status")  # Linux; the portable number also counts the parent process's memory
     if status.is_file():
         found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
         return round(int(found[1]) * 1024 / 1e6, 1) if found else None

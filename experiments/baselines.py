@@ -1,4 +1,4 @@
-"""What a study compares a model with: predictions for the test rows of an example, by name."""
+"""The baselines of a study: predictions for the test rows of an example, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def cut_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
-    """What of each text a model reads that takes so many tokens."""
+    """The part of each text that a model with that maximum length reads."""
     offsets = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)["offset_mapping"]
     return [text[: max(end for _, end in found)] for text, found in zip(texts, offsets, strict=True)]
 
@@ -23,8 +23,8 @@ def cut_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
 def classify(
     train: Sequence[dict], test: Sequence[dict], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int]
 ) -> dict[str, list]:
-    """The most frequent label (of several: those of more than half of the rows), and linear support vector machines on
-    TF-IDF (logarithmic counts) of the tokens that the models read, and of the whole texts."""
+    """The most frequent label (with several labels per row, those of more than half of the rows), and linear support
+    vector machines on TF-IDF (logarithmic counts) of the tokens that the models read and of the whole texts."""
     several = isinstance(train[0]["label"], list)
     encoder = MultiLabelBinarizer() if several else LabelEncoder()
     encoded = encoder.fit_transform([row["label"] for row in train])
@@ -45,7 +45,7 @@ def classify(
 
 
 def tag_tokens(train: Sequence[dict], test: Sequence[dict], *_: object) -> dict[str, list]:
-    """Each word's most frequent tag, which knows no context."""
+    """Each word's most frequent tag, without context."""
     seen = defaultdict(Counter)
     for row in train:
         for word, tag in zip(row["words"], row["tags"], strict=True):

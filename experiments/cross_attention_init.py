@@ -1,12 +1,12 @@
-"""How a new cross-attention should start: drawn at random, or as a copy of the self-attention before it.
+"""Compare two starts of a new cross-attention: random weights, or a copy of the self-attention before it.
 
-An encoder's checkpoint becomes a sequence-to-sequence model and is trained for a while, once for each start, task and
-seed, on the same batches; then the loss and the share of right next tokens on held-out texts are compared.
+A sequence-to-sequence model is made from an encoder's checkpoint and trained on the same batches, once for each start,
+task and seed. Then the loss and the share of right next tokens on held-out texts are compared.
 
     python -m experiments.cross_attention_init TRAIN.jsonl TEST.jsonl --model . --output results.json
 
-The files hold a JSON object with `document` and `summary` a line, gzipped or not. Tasks: "first" is the document's
-first sentence, which is in reach of copying; "summary" is the summary.
+Each line of the files is a JSON object with `document` and `summary`; the files may be gzipped. The model writes the
+document's first sentence in the task "first", which needs only copying, and the summary in the task "summary".
 """
 
 import argparse
@@ -43,7 +43,7 @@ def first_sentence(document: str) -> str:
 
 
 def make_model(path: str, start: str, seed: int) -> PreTrainedModel:
-    """The checkpoint as a sequence-to-sequence model, with a cross-attention that starts as asked for."""
+    """The checkpoint as a sequence-to-sequence model, with a cross-attention that starts as `start` says."""
     model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True)
     decoder, groups = model.get_decoder(), model.get_encoder().encoder.albert_layer_groups
     torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def batches(
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean cross-entropy of a held-out token, and the share of those that are the most likely one, in percent."""
+    """The mean cross-entropy of held-out tokens, and the percentage of them that the model ranks first."""
     model.eval()
     loss, right, count = 0.0, 0, 0
     for batch in held_out:
@@ -85,7 +85,7 @@ def evaluate(model: PreTrainedModel, held_out: list[dict[str, Tensor]]) -> dict[
 
 
 def measure(case: dict[str, str | int], args: argparse.Namespace) -> Iterator[dict]:
-    """Train the case (task, start, seed), and evaluate it `args.evaluations` times on the way."""
+    """Train the case (task, start, seed), and evaluate it `args.evaluations` times during training."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train = read_examples(args.train, case["task"])
     random.Random(case["seed"]).shuffle(train)
@@ -109,7 +109,7 @@ def measure(case: dict[str, str | int], args: argparse.Namespace) -> Iterator[di
 
 
 def report(results: list[dict], args: argparse.Namespace) -> str:
-    """A Markdown table: mean over the seeds, and each seed's last loss."""
+    """A Markdown table with the means over the seeds, and each seed's loss."""
     lines = [
         f"{describe_machine()}; {args.steps} steps of {args.batch_size} documents of {args.source_length} tokens, "
         f"targets of {args.target_length}, peak rate {args.lr}; {args.test_examples} held-out documents",
@@ -130,17 +130,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("train", help='JSON lines with "document" and "summary"')
-    parser.add_argument("test", help="the same, held out")
+    parser.add_argument("test", help="held-out file of the same form")
     parser.add_argument("--model", default=".", help="a repository with an encoder")
     parser.add_argument("--output", type=Path, help="file for the results as JSON")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to write")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a training for each")
-    parser.add_argument("--steps", type=int, default=300, help="of a training")
-    parser.add_argument("--evaluations", type=int, default=3, help="on the way")
-    parser.add_argument("--batch-size", type=int, default=8, help="documents of a step")
-    parser.add_argument("--source-length", type=int, default=192, help="tokens of a document")
-    parser.add_argument("--target-length", type=int, default=48, help="tokens of what is to be written")
-    parser.add_argument("--test-examples", type=int, default=96, help="held-out documents")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="texts to write")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one training for each seed")
+    parser.add_argument("--steps", type=int, default=300, help="steps of a training")
+    parser.add_argument("--evaluations", type=int, default=3, help="number of evaluations during a training")
+    parser.add_argument("--batch-size", type=int, default=8, help="documents per step")
+    parser.add_argument("--source-length", type=int, default=192, help="tokens per document")
+    parser.add_argument("--target-length", type=int, default=48, help="tokens per target text")
+    parser.add_argument("--test-examples", type=int, default=96, help="number of held-out documents")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     return parser.parse_args(argv)
 

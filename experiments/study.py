@@ -1,11 +1,12 @@
-"""Run a training example with several lengths and seeds, score it beside baselines, and print a table.
+"""Run a training example with several lengths and seeds, compare it with baselines, and print a table.
 
     python -m experiments.study classify --output runs/topics --lengths 512 4096 --seeds 1 2 3 --baselines \\
         --train train.jsonl.gz --test test.jsonl.gz --bf16 --learning_rate 3e-4
 
-All other options are the example's. OUTPUT gets `results.json`, `results.md`, and a folder for each run. Started again with
-the same arguments, finished runs are kept and a killed one goes on from its last checkpoint; more lengths and seeds may be
-asked for. With several GPUs: `torchrun --nproc-per-node 4 -m experiments.study ...`.
+All other options are those of the example. OUTPUT gets `results.json`, `results.md`, and a folder for each run. If a
+study is started again with the same arguments, it keeps finished runs, and continues a killed run from its last
+checkpoint. You may add lengths and seeds. With several GPUs, use `torchrun --nproc-per-node 4 -m experiments.study
+...`.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from experiments.baselines import BASELINES
 from pretraining.training_support import check_same_run, describe_machine, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-RESAMPLES = 1000  # of the test documents, for the intervals
+RESAMPLES = 1000  # bootstrap samples of the test documents, for the intervals
 
 
 def load_example(name: str) -> ModuleType:
-    """A file of examples/, which is no package."""
+    """Import a file of examples/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,7 +48,7 @@ def load_example(name: str) -> ModuleType:
 
 
 def classification_scores(references: list, predictions: list) -> dict[str, float]:
-    """Accuracy (of lists: all labels right) and F1, of labels or lists of labels."""
+    """Accuracy and F1 of labels or lists of labels. A list counts as right if all its labels are right."""
     averages = ["macro"]
     if isinstance(references[0], list):
         binarizer = MultiLabelBinarizer().fit([*references, *predictions])
@@ -58,7 +59,7 @@ def classification_scores(references: list, predictions: list) -> dict[str, floa
 
 
 def sample_lines(path: str, limit: int, folder: Path) -> str:
-    """A file with that many lines of a JSON lines file, drawn at random but always the same ones."""
+    """Write that many lines of a JSON lines file to a new file. They are random, but always the same."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         lines = [line.rstrip("\n") + "\n" for line in file if line.strip()]
     chosen = random.Random(0).sample(range(len(lines)), min(limit, len(lines)))
@@ -68,7 +69,7 @@ def sample_lines(path: str, limit: int, folder: Path) -> str:
 
 
 def intervals(lines: Sequence[dict], score: Callable[[list, list], dict[str, float]]) -> dict[str, list[float]]:
-    """The 95 % bootstrap interval of each score. Documents are resampled, not what was counted in them."""
+    """The 95 % bootstrap interval of each score. Whole documents are resampled."""
     documents = {}
     for number, line in enumerate(lines):
         documents.setdefault(line.get("document", number), []).append(line)
@@ -90,8 +91,8 @@ def columns(lines: Sequence[dict]) -> tuple[list, list]:
 
 
 def summarize(runs: dict[str, list[dict]], score: Callable[[list, list], dict[str, float]]) -> dict[str, dict]:
-    """Of each score of a system its mean over the seeds, each seed's value, and their standard deviation or, of a single
-    one, the bootstrap interval over the test documents."""
+    """For each score of a system: its mean over the seeds, each seed's value, and their standard deviation. With one
+    seed, the bootstrap interval over the test documents replaces the deviation."""
     by_seed = {seed: score(*columns(lines)) for seed, lines in runs.items()}
     spread = intervals(next(iter(runs.values())), score) if len(runs) == 1 else {}
     summary = {}
@@ -114,7 +115,7 @@ def format_cell(found: dict | None) -> str:
 
 
 def format_table(results: dict) -> str:
-    """The results as Markdown."""
+    """The results as Markdown tables."""
     systems = results["systems"]
     lines = ["| score | " + " | ".join(systems) + " |", "| --- " * (1 + len(systems)) + "|"]
     for name in dict.fromkeys(name for scores in systems.values() for name in scores):
@@ -124,15 +125,15 @@ def format_table(results: dict) -> str:
     row = "| {length:,} | {seed} | {steps} | {best_step} | {seconds:,.0f} |"
     runs += [row.format_map(each) for each in results["runs"]]
     facts = (
-        f"{results['lines']:,} test rows, in percent; with 95 % bootstrap intervals over documents, or of several seeds\n"
-        "mean ± standard deviation and each seed's value."
+        f"{results['lines']:,} test rows; scores in percent. One seed: 95 % bootstrap intervals over documents.\n"
+        "Several seeds: mean ± standard deviation, and each seed's value."
     )
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     return "\n".join([*lines, "", facts, "", *runs, "", machine, "", f"```text\n{results['command']}\n```", ""])
 
 
 def describe_run(output: Path, length: int, seed: int) -> dict:
-    """What the results say of a run."""
+    """The facts about a run for the results."""
     states = [json.loads(path.read_text()) for path in output.glob("checkpoint-*/trainer_state.json")]
     state = max(states, key=lambda state: state["global_step"])
     return {
@@ -143,7 +144,7 @@ def describe_run(output: Path, length: int, seed: int) -> dict:
 
 
 def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
-    """The table, or None in a process other than the first."""
+    """Run the study. Returns the table, or None in processes other than the first."""
     example = load_example(args.example)
     parser = example.HfArgumentParser(example.Options)
     options, _ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     for output, length, seed in runs:
         started = time.perf_counter()
         example.main([*rest, "--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)])
-        if is_first and not (output / "seconds.json").exists():  # of a resumed run those of the rest
+        if is_first and not (output / "seconds.json").exists():  # for a resumed run, the seconds after the resumption
             write_atomically(output / "seconds.json", json.dumps(time.perf_counter() - started).encode())
     if not is_first:
         return None
@@ -169,7 +170,7 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
         systems.setdefault(f"model, {length:,} tokens", {})[str(seed)] = lines
     if args.baselines:
         train, test = example.load(options.train, options), example.load(options.test, options)
-        if options.validation is None:  # as the example splits it
+        if options.validation is None:  # the same split as in the example
             train, _ = train_test_split(train, test_size=0.1, random_state=0)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         for name, predictions in BASELINES[args.example](train, test, tokenizer, args.lengths).items():
@@ -192,13 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("example", choices=list(BASELINES), help="which one, with its own options behind")
+    parser.add_argument("example", choices=list(BASELINES), help="the example; its own options follow")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the results")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="--max_length of a run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="--seed of a run")
-    parser.add_argument("--baselines", action="store_true", help="score baselines too")
-    parser.add_argument("--limit-train", type=int, help="lines of the training file, drawn at random")
-    parser.add_argument("--limit-test", type=int, help="lines of the test file, drawn at random")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096], help="one run for each value of --max_length"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run for each value of --seed")
+    parser.add_argument("--baselines", action="store_true", help="also score baselines")
+    parser.add_argument("--limit-train", type=int, help="number of random lines of the training file to use")
+    parser.add_argument("--limit-test", type=int, help="number of random lines of the test file to use")
     args, rest = parser.parse_known_args(argv)
     command = shlex.join(["python", "-m", "experiments.study", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -1,8 +1,8 @@
-"""Reading the training text: files, folders or data sets of documents, and which of them are held out.
+"""Reading the training text from files, folders or data sets, and choosing the documents that are held out.
 
-A source is a JSON lines file (plain or gzip) with "text" and, if it likes, "id" fields; a text file, one document; a folder
-of text files; or a name or folder that `datasets.load_dataset` takes, ``NAME`` or ``NAME:CONFIGURATION``, whose training
-split has a "text" column.
+A source is a JSON lines file (plain or gzip) with "text" fields and optional "id" fields; a text file with one
+document; a folder of text files; or a name or folder for `datasets.load_dataset`, ``NAME`` or ``NAME:CONFIGURATION``,
+with a "text" column in its training split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LINES = (".jsonl", ".json", ".gz")
 
 
 class CorpusError(ValueError):
-    """The training text cannot be read or holds nothing to train on; the message is one line for the user."""
+    """The training text cannot be read or is empty. The message is one line for the user."""
 
 
 def read_ids(paths: Iterable[str | Path]) -> set[str]:
@@ -31,7 +31,7 @@ def read_ids(paths: Iterable[str | Path]) -> set[str]:
 
 
 def is_drawn(doc_id: str, share: float) -> bool:
-    """Whether a document belongs to a share of all, from 0 to 1, that is drawn by the ids alone: the same every time."""
+    """Whether a document is in a share of all documents, from 0 to 1. Its id alone decides, so the share is fixed."""
     return int.from_bytes(hashlib.sha256(doc_id.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -54,7 +54,7 @@ def read_documents(sources: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(source: str | Path) -> list:
-    """What changes when the documents of a source do: the files' names, sizes and times."""
+    """A value that changes when the documents of a source change: the files' names, sizes and times."""
     path = Path(source)
     files = text_files(source) or ([path] if path.is_file() else None)
     if files is None:
@@ -64,7 +64,7 @@ def fingerprint(source: str | Path) -> list:
 
 
 def text_files(source: str | Path) -> list[Path]:
-    """The text file, or the text files in the folder and below; none for every other kind of source."""
+    """The text file, or all text files below the folder; none for other kinds of sources."""
     path = Path(source)
     if path.is_dir():
         return sorted(path.rglob("*.txt"))
@@ -78,11 +78,11 @@ def load_split(source: str):
     try:
         import datasets
     except ImportError as error:
-        raise CorpusError(f'{source} is no file, and data sets need `datasets`: pip install ".[train]"') from error
+        raise CorpusError(f'{source} is not a file, and data sets need `datasets`: pip install ".[train]"') from error
     name, _, config = source.partition(":")
     try:
         split = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # whatever a loader raises
+    except Exception as error:  # loaders raise many kinds of errors
         reason = " ".join(str(error).split())
         raise CorpusError(f"{source}: neither a file nor a data set that could be loaded ({reason})") from error
     if "text" not in split.column_names:

@@ -1,10 +1,10 @@
-"""How well ALBERT reads beyond its length: as it is, with stretched positions, converted, and trained on after that.
+"""Measure how well ALBERT reads long texts: as it is, with stretched positions, converted, and trained further.
 
     python -m pretraining.extrapolation CORPUS ... --exclude-ids HELD_OUT ... --albert runs/b/final \\
         --converted runs/extended --trained . --output runs/extrapolation
 
-Every row of the table reads the same held-out text with the same words masked. The text is cut into segments that 1, 2, 4
-and 8 pieces fill exactly, so a row differs from another only in how far each token could see. Writes ``OUTPUT.json``
+Every row of the table reads the same held-out text with the same words masked. The text is cut into segments, which 1,
+2, 4 or 8 pieces fill exactly. So rows differ only in how far each token can see. The script writes ``OUTPUT.json``
 after every row, and ``OUTPUT.md`` at the end.
 """
 
@@ -30,14 +30,14 @@ from pretraining.pretrain_mlm import masked_lm_forward, score
 from pretraining.token_cache import TokenizedDocuments, load_tokens
 from pretraining.training_support import describe_machine, write_atomically
 
-PIECES = (8, 4, 2, 1)  # that a segment is cut into
-SPECIAL = 2  # [CLS] and [SEP] around each piece
+PIECES = (8, 4, 2, 1)  # numbers of pieces that a segment is cut into
+SPECIAL = 2  # special tokens of each piece: [CLS] and [SEP]
 SELECTIONS = ("norm", "pooling", "bos_pooling", "lsh", "stride", "block_stride", "none")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model, how it is loaded, and the pieces that it reads."""
+    """A model, how it is loaded, and the number of pieces that it reads."""
 
     name: str
     path: str
@@ -53,10 +53,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Segments:
-    """Text and what is hidden in it.
+    """Text with some tokens hidden.
 
     Args:
-        hidden: shape ``(segments, length)``, with masks and other tokens in place of the chosen ones.
+        hidden: shape ``(segments, length)``, with masks or other tokens in place of the chosen tokens.
         labels: shape ``(segments, length)``, the chosen tokens, -100 elsewhere.
     """
 
@@ -65,12 +65,12 @@ class Segments:
 
 
 def segment_length(short: int) -> int:
-    """Tokens of a segment, which ``PIECES[0]`` pieces of ``short`` tokens with their [CLS] and [SEP] hold."""
+    """The tokens of a segment: ``PIECES[0]`` pieces of ``short`` tokens, without their [CLS] and [SEP]."""
     return PIECES[0] * (short - SPECIAL)
 
 
 def segment_starts(documents: TokenizedDocuments, held_out: set[str], length: int) -> list[np.ndarray]:
-    """For each held-out document the starts of as many whole segments as fit into it."""
+    """For each held-out document, the starts of all whole segments that fit into it."""
     bounds = zip(documents.ids, documents.offsets[:-1], documents.offsets[1:], strict=True)
     return [np.arange(begin, end - length + 1, length) for name, begin, end in bounds if name in held_out]
 
@@ -81,7 +81,7 @@ def choose_segments(
     """`number` segments of `length` tokens, drawn evenly from the corpora, shape ``(number, length)``.
 
     Raises:
-        CorpusError: the held-out documents hold fewer.
+        CorpusError: the held-out documents do not hold so many.
     """
     rng = np.random.default_rng((seed, 0))
     corpora = list(corpora)
@@ -125,13 +125,13 @@ def evaluate(model: PreTrainedModel, segments: Segments, pieces: int, cls_id: in
 
 
 def metrics(sums: np.ndarray) -> dict[str, float]:
-    """Mean loss and share of hits over all targets."""
+    """The mean loss and the share of hits over all targets."""
     loss, top1, top5, targets = sums.sum(0).tolist()
     return {"loss": loss / targets, "top1": top1 / targets, "top5": top5 / targets, "masked_tokens": int(targets)}
 
 
 def difference(sums: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Difference in loss to the reference row and its standard error, from the segments' own differences."""
+    """The difference in loss from the reference row, with its standard error over the segments."""
     mean = (sums[:, 0].sum() - reference[:, 0].sum()) / sums[:, 3].sum()
     residual = sums[:, 0] - reference[:, 0] - mean * sums[:, 3]
     error = np.sqrt((residual**2).sum() * len(sums) / max(len(sums) - 1, 1)) / sums[:, 3].sum()
@@ -170,7 +170,7 @@ def format_table(report: dict) -> str:
 
 
 def run(args: argparse.Namespace, command: str) -> dict:
-    """Evaluate all rows; the report is on disk after each."""
+    """Evaluate all rows. The report is written after each row."""
     tokenizer = AutoTokenizer.from_pretrained(args.albert)
     folder = args.cache or args.output.parent / "tokens"
     corpora = [load_tokens(path, tokenizer, folder) for path in args.corpus]
@@ -208,11 +208,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--albert", required=True, help="directory of the short ALBERT, with its tokenizer")
     parser.add_argument("--converted", required=True, help="directory that `lsg-albert convert` made from it")
     parser.add_argument("--trained", help="directory of the converted model after further training")
-    parser.add_argument("--output", type=Path, required=True, help="the reports' path, without .json and .md")
-    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: tokens, beside OUTPUT")
-    parser.add_argument("--short", type=int, default=512, help="tokens that the short ALBERT reads at a time")
-    parser.add_argument("--segments", type=int, default=64, help="each of eight pieces of the short length")
-    parser.add_argument("--seed", type=int, default=12_345, help="of the text and of what is masked in it")
+    parser.add_argument("--output", type=Path, required=True, help="path of the reports, without .json and .md")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: the folder tokens beside OUTPUT")
+    parser.add_argument(
+        "--short", type=int, default=512, help="number of tokens that the short ALBERT reads at a time"
+    )
+    parser.add_argument(
+        "--segments", type=int, default=64, help="number of segments, each of eight pieces of the short length"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=12_345, help="random seed for the choice of text and masked tokens"
+    )
     args = parser.parse_args(argv)
     if args.short <= SPECIAL or args.segments < 1:
         parser.error(f"--short must be above {SPECIAL}, --segments at least 1")

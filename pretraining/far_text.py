@@ -1,9 +1,10 @@
-"""Whether a model uses distant text: the first half of a document for the second, and a name that was stated at the top.
+"""Measure whether a model uses distant text: the first half of a document, or a name that was stated at the top.
 
     python -m pretraining.far_text CORPUS ... --exclude-ids HELD_OUT ... --model . --output runs/far_text
 
-Both measurements compare the same predictions with and without the distant text, which is hidden by the attention mask or
-left out, for every selection of sparse tokens. Writes ``OUTPUT.json`` after every row, and ``OUTPUT.md`` at the end.
+Both measurements compare the same predictions with and without the distant text, for every selection of sparse tokens.
+The attention mask hides the distant text, or it is left out. The script writes ``OUTPUT.json`` after every row, and
+``OUTPUT.md`` at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NAMES = "james mary george anna henry alice charles jane william robert edward e
 
 
 def second_half(segments: Segments, window: int) -> Segments:
-    """The same text; only tokens of its second half are to be predicted, `window` tokens or more from the first."""
+    """The same text, where only tokens in its second half are predicted, at least `window` tokens after the first."""
     labels = segments.labels.copy()
     labels[:, : labels.shape[1] // 2 + window] = IGNORED
     return dataclasses.replace(segments, labels=labels)
@@ -39,10 +40,10 @@ def second_half(segments: Segments, window: int) -> Segments:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, segments: Segments, hidden_tokens: int, cls_id: int, sep_id: int) -> np.ndarray:
-    """Sums of loss, top-1 and top-5 hits and targets of each segment, shape ``(segments, 4)``.
+    """Sums of loss, top-1 hits and top-5 hits, and the number of targets, of each segment: shape ``(segments, 4)``.
 
     Args:
-        hidden_tokens: how many tokens at the start of each segment the attention mask hides.
+        hidden_tokens: the number of tokens at the start of each segment that the attention mask hides.
     """
     sums = []
     for hidden, labels in zip(segments.hidden, segments.labels, strict=True):
@@ -62,7 +63,7 @@ def needle_segments(fillers: np.ndarray, tokenizer: PreTrainedTokenizerBase, sta
         fillers: token ids, shape ``(segments, length)``.
 
     Raises:
-        ValueError: a name is more than one piece of the vocabulary.
+        ValueError: a name is not a single piece of the vocabulary.
     """
     hidden, labels = [], []
     for index, filler in enumerate(fillers):
@@ -73,7 +74,7 @@ def needle_segments(fillers: np.ndarray, tokenizer: PreTrainedTokenizerBase, sta
         )
         answer = tokenizer(name, add_special_tokens=False)["input_ids"]
         if len(answer) != 1:
-            raise ValueError(f"the name {name!r} must be one piece of the vocabulary, is {len(answer)}.")
+            raise ValueError(f"the name {name!r} must be one piece of the vocabulary, but is {len(answer)} pieces.")
         text = np.array([*(statement if stated else []), *filler])[: len(filler) - len(question)]
         hidden.append(np.array([*text, *question]))
         labels.append(np.where(hidden[-1] == tokenizer.mask_token_id, answer[0], IGNORED))
@@ -81,7 +82,7 @@ def needle_segments(fillers: np.ndarray, tokenizer: PreTrainedTokenizerBase, sta
 
 
 def compare(with_text: np.ndarray, without: np.ndarray) -> dict[str, float]:
-    """Both sides' metrics, and what the distant text changes of the loss."""
+    """The metrics with and without the distant text, and how much this text changes the loss."""
     sides = {"with": metrics(with_text), "without": metrics(without)}
     row = {f"{name}_{side}": value for side, values in sides.items() for name, value in values.items()}
     return row | difference(with_text, without)
@@ -114,7 +115,7 @@ def format_table(report: dict) -> str:
 
 
 def run(args: argparse.Namespace, command: str) -> dict:
-    """Measure every selection; the report is on disk after each."""
+    """Measure every selection. The report is written after each selection."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     corpora = [load_tokens(path, tokenizer, args.cache or args.output.parent / "tokens") for path in args.corpus]
     tokens = choose_segments(corpora, read_ids(args.exclude_ids), args.length - SPECIAL, args.segments, args.seed)
@@ -144,11 +145,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
     parser.add_argument("--exclude-ids", nargs="+", required=True, help="files with one held-out document id per line")
     parser.add_argument("--model", required=True, help="directory of an LSG-ALBERT with its tokenizer")
-    parser.add_argument("--output", type=Path, required=True, help="the reports' path, without .json and .md")
-    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: tokens, beside OUTPUT")
+    parser.add_argument("--output", type=Path, required=True, help="path of the reports, without .json and .md")
+    parser.add_argument("--cache", type=Path, help="folder for tokenized text; None: the folder tokens beside OUTPUT")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a segment, [CLS] and [SEP] included")
-    parser.add_argument("--segments", type=int, default=64, help="drawn evenly from the corpora")
-    parser.add_argument("--seed", type=int, default=12_345, help="of the text and of what is masked in it")
+    parser.add_argument("--segments", type=int, default=64, help="number of segments, drawn evenly from the corpora")
+    parser.add_argument(
+        "--seed", type=int, default=12_345, help="random seed for the choice of text and masked tokens"
+    )
     args = parser.parse_args(argv)
     if args.length <= SPECIAL or args.segments < 1:
         parser.error(f"--length must be above {SPECIAL}, --segments at least 1")

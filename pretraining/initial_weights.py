@@ -1,9 +1,9 @@
-"""A start from which a small ALBERT learns to read its neighbours at once.
+"""Initial weights with which a small ALBERT attends to neighbouring tokens from the start.
 
-From ALBERT's own random start attention stayed flat for the 5 million tokens that were tried, and the loss near that
-of word frequencies (6.4): to look at the word before, every position has to find its own neighbour, through products
-of small random numbers. Here some heads look at a fixed distance from the start (compare Trockman and Kolter, "Mimetic
-Initialization of Self-Attention Layers", 2023). Nothing is frozen: these are ALBERT's own weights, trained as usual.
+With ALBERT's own random weights, attention stayed flat for the 5 million tokens that were tried, and the loss stayed
+near that of word frequencies (6.4). To attend to the word before, every position must find its own neighbour through
+products of small random numbers. Here, some heads attend to a fixed distance from the start (compare Trockman and
+Kolter, "Mimetic Initialization of Self-Attention Layers", 2023). All weights are ALBERT's own, and trained as usual.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AlbertForMaskedLM, PreTrainedModel
 
-POSITION_DIMS = 32  # of the embedding, kept free of words at first
+POSITION_DIMS = 32  # dimensions of the embedding that words do not use at first
 POSITION_STD = 0.06  # twice that of words, whose vectors grow in training
 FASTEST, SLOWEST = 2.0, 0.0015  # radians per token
-SHARPNESS = 2.0  # of the first attention: about half of the weight lies on the one token looked at
-WIDE = 0.3  # radians per token: without the faster features a head cannot tell near neighbours apart
-OFFSETS = (-1, 1)  # the tokens that the first heads look at
+SHARPNESS = 2.0  # initially, about half of the attention weight is on the chosen token
+WIDE = 0.3  # radians per token; without the faster features, a head cannot distinguish near neighbours
+OFFSETS = (-1, 1)  # relative positions that the first heads attend to
 
 
 def turning_rates() -> Tensor:
@@ -46,7 +46,8 @@ def shift(offset: int) -> Tensor:
 def look_at_neighbours(model: AlbertForMaskedLM) -> None:
     """Set position embeddings, the map to the hidden size, and queries and keys of the first heads, in place.
 
-    Head h looks at the token at distance OFFSETS[h], the next head at the surroundings; further heads stay random.
+    Head h attends to the token at distance OFFSETS[h]. The next head attends to the surroundings. Other heads stay
+    random.
     """
     embeddings, encoder = model.albert.embeddings, model.albert.encoder
     embeddings.word_embeddings.weight[:, :POSITION_DIMS] = 0
@@ -68,19 +69,19 @@ def look_at_neighbours(model: AlbertForMaskedLM) -> None:
 
 @torch.no_grad()
 def extend_positions(model: PreTrainedModel, trained: int) -> None:
-    """Make the position embeddings beyond the `trained` ones continue those, in place.
+    """Set the position embeddings after the `trained` ones so that they continue those, in place.
 
-    How training moved the positions away from the features that `look_at_neighbours` gave them is fitted as a linear
-    function of these features (ridge regression), and that function holds for all positions: the map that takes each
-    trained position to its neighbour goes on. The first and the last trained one only ever saw [CLS] and [SEP], and are
-    left out.
+    Training moved the positions away from the features that `look_at_neighbours` gave them. This change is fitted as a
+    linear function of the features (ridge regression), which is then used for all positions. So the map from each
+    position to its neighbour continues. The first and the last trained position only saw [CLS] and [SEP], and are left
+    out of the fit.
 
     Raises:
-        ValueError: there are not enough positions to fit, or none beyond them.
+        ValueError: there are not enough positions to fit, or no positions after them.
     """
     positions = model.albert.embeddings.position_embeddings.weight
     if not POSITION_DIMS < trained - 2 < len(positions):
-        raise ValueError(f"`trained` is {trained}: must be above {POSITION_DIMS + 2} and below {len(positions)}.")
+        raise ValueError(f"`trained` is {trained}, but must be above {POSITION_DIMS + 2} and below {len(positions)}.")
     features = torch.cat([position_features(len(positions)), torch.ones(len(positions), 1)], dim=1)
     start = torch.zeros_like(positions)
     start[:, :POSITION_DIMS] = POSITION_STD * features[:, :-1]
@@ -90,18 +91,18 @@ def extend_positions(model: PreTrainedModel, trained: int) -> None:
 
 
 def unshare_layers(model: PreTrainedModel, groups: int) -> PreTrainedModel:
-    """A model whose `groups` groups of layers all start as copies of the one that `model` has.
+    """A model with `groups` groups of layers, which all start as copies of the only group of `model`.
 
-    Its outputs are the same at first, and so is its cost; but the layers that shared their weights can part.
+    At first, its outputs are the same. Its cost is the same too. But the layers can now learn different weights.
 
     Raises:
-        ValueError: `model` has several groups, or its layers cannot be shared out to so many.
+        ValueError: `model` has several groups, or fewer layers than `groups`.
     """
     config = copy.deepcopy(model.config)
     if config.num_hidden_groups != 1 or not 1 <= groups <= config.num_hidden_layers:
         raise ValueError(
-            f"`groups` is {groups}: must be from 1 to the {config.num_hidden_layers} layers, of a model with one group "
-            f"(this one has {config.num_hidden_groups})."
+            f"`groups` is {groups}, but must be from 1 to the number of layers ({config.num_hidden_layers}), and the "
+            f"model must have one group (it has {config.num_hidden_groups})."
         )
     config.num_hidden_groups = groups
     parted = type(model)(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of positions that are not predicted
+IGNORED = -100  # label of positions that are not predicted
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Masker:
     Args:
         starts_word: shape ``(vocabulary,)``, True for pieces that begin a word.
         mask_id: id of `[MASK]`.
-        replacements: ids that may be put in place of a token (all but the special ones).
-        rate: share of the tokens that are predicted.
-        span_words: largest number of words side by side that are chosen together; n of them with probability ~ 1/n.
+        replacements: ids that may replace a token (all except the special ones).
+        rate: share of tokens that are predicted.
+        span_words: largest number of adjacent words that are chosen together; n words have a probability ~ 1/n.
     """
 
     starts_word: np.ndarray
@@ -38,8 +38,8 @@ class Masker:
     def choose(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The positions to predict, shape ``(length,)``, True = predict.
 
-        Whole words in spans; a span that would exceed the rate is left out, so a short text can end up a little below
-        it (one token is always taken).
+        Spans of whole words are chosen. A span that would exceed the rate is left out, so a short text may have a
+        little less than the rate. At least one token is always chosen.
         """
         chosen = np.zeros(len(tokens), dtype=bool)
         words = np.flatnonzero(self.starts_word[tokens] | (np.arange(len(tokens)) == 0))

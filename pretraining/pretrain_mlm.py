@@ -1,14 +1,14 @@
-"""Masked-language-model training, from scratch (a plain ALBERT) or onwards from any checkpoint (LSG-ALBERT included).
+"""Train a masked language model, from scratch (a plain ALBERT) or from any checkpoint (LSG-ALBERT included).
 
     python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude_ids heldout.txt --tokenizer . --output_dir runs/a \\
         --neighbour_heads --word_vectors --init_range 0.03
     python -m pretraining.pretrain_mlm corpus.jsonl.gz --exclude_ids heldout.txt --model runs/a/final --output_dir runs/b
 
-The held-out documents are the evaluation set. Started again with the same arguments, a killed run goes on from its
-last checkpoint with the same data in the same order. The result lies in ``OUTPUT_DIR/final``. On a busy machine
-``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads, which
-wait for each other after every operation. Several processes train as one does with their batches put together. Needs
-transformers 4.48 or newer.
+The held-out documents are the evaluation set. If a killed run is started again with the same arguments, it continues
+from its last checkpoint, with the same data in the same order. The result is in ``OUTPUT_DIR/final``. On a busy
+machine, ``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pretraining.pretrain_mlm ...`` is faster than two threads,
+which wait for each other after every operation. Several processes train like one process with their combined batches.
+This needs transformers 4.48 or newer.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Corpus:
 
 
 class Sample(NamedTuple):
-    """Ids and labels, both of shape ``(length,)``, and the position of the first."""
+    """Ids and labels, both of shape ``(length,)``, and the position of the first token."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -74,11 +74,11 @@ class Sample(NamedTuple):
 
 
 class MaskedSamples(Dataset):
-    """The samples of a whole run: sample ``i`` depends on the seed and ``i`` alone, so a run can be taken up anywhere.
+    """The samples of a whole run. Sample ``i`` depends only on the seed and on ``i``, so a run can resume anywhere.
 
-    Every pass over the corpus has its own order and its own masks. With `positions`, each sample lies anywhere in that
-    many positions, so that short samples train them all (Kiyono et al., "SHAPE: Shifted Absolute Position Embedding
-    for Transformers", 2021).
+    Every pass over the corpus has its own order and its own masks. With `positions`, each sample has a random place
+    among so many positions, so that short samples train them all (Kiyono et al., "SHAPE: Shifted Absolute Position
+    Embedding for Transformers", 2021).
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class MaskedSamples(Dataset):
 
 
 class Share(Dataset):
-    """A process's share of the samples: the same number in all processes, for a sharded model computes in all at once.
+    """A process's share of the samples. All have the same number, because a sharded model computes in all at once.
 
-    Where there are none left, it is a sample without anything to predict.
+    If there are no samples left, the process gets a sample without labels.
     """
 
     def __init__(self, samples: MaskedSamples, process: int, processes: int):
@@ -132,10 +132,10 @@ class Share(Dataset):
 
 
 def collate(samples: list[Sample], pad_id: int) -> dict[str, Tensor]:
-    """Pad to the longest sample: ids, labels and what else the model needs, all of shape (batch, length).
+    """Pad to the longest sample. Returns ids, labels and other inputs of the model, all of shape (batch, length).
 
-    A batch without padding has no attention mask, since attention without one is faster; one whose samples all begin at
-    position 0 has no positions.
+    A batch without padding has no attention mask, because attention without a mask is faster. If all samples begin at
+    position 0, the batch has no positions.
     """
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = np.full((len(samples), length), pad_id, dtype=np.int64)
@@ -160,16 +160,16 @@ def masked_lm_forward(
     position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
-    """Loss and predictions at the chosen positions only, a seventh of the work of the large output layer.
+    """Loss and predictions at the chosen positions only. This takes a seventh of the work of the large output layer.
 
     Args:
         model: an ALBERT or LSG-ALBERT with a masked-language-model head.
         input_ids, labels, attention_mask, position_ids: (batch, length).
-        num_items_in_batch: the chosen positions of the whole step: of all its batches, in all processes.
+        num_items_in_batch: the number of chosen positions in all batches of the step, in all processes.
 
     Returns:
-        ``loss``, the sum of cross-entropies over that number, by default over the chosen positions here; ``logits``
-        (chosen, vocabulary) and ``targets`` (chosen,).
+        ``loss``, the sum of cross-entropies divided by that number, or by default by the number of positions chosen
+        here; ``logits`` (chosen, vocabulary) and ``targets`` (chosen,).
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     states = model.albert(**inputs)[0]  # (batch, length, hidden)
@@ -188,7 +188,7 @@ def score(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Progress(TrainerCallback):
-    """Writes what is logged as lines of step, values and time left, where there is no terminal to draw a bar on."""
+    """Prints log lines with the step, the values and the time left, if there is no terminal for a progress bar."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.started = state.global_step, time.monotonic()
@@ -204,14 +204,14 @@ class Progress(TrainerCallback):
 
 
 def keep_one_bias(model: PreTrainedModel) -> None:
-    """Take away ``predictions.bias``, which is ``predictions.decoder.bias``, and which nothing computes with.
+    """Remove ``predictions.bias``. It is another name of ``predictions.decoder.bias``, and no computation uses it.
 
-    Accelerate shards the output layer apart from the rest, and PyTorch no parameter that lies in two such parts.
+    Accelerate shards the output layer separately, and PyTorch cannot shard a parameter that lies in two such parts.
     """
     decoder, words = model.predictions.decoder, model.get_input_embeddings()
     is_tied = decoder.weight is words.weight
 
-    def tie_weights(*args: object, **kwargs: object) -> None:  # the model's own would look for the name
+    def tie_weights(*args: object, **kwargs: object) -> None:  # the model's own method would look for the name
         if is_tied:
             decoder.weight = words.weight
 
@@ -220,11 +220,12 @@ def keep_one_bias(model: PreTrainedModel) -> None:
 
 
 class MaskedLMTrainer(Trainer):
-    """Trainer that takes the samples in their order and whose model computes the head at the chosen positions only."""
+    """A Trainer that keeps the samples in order, and whose model computes the head only at the chosen positions."""
 
     def __init__(self, model: PreTrainedModel, **kwargs):
-        model.forward = functools.partial(masked_lm_forward, model)  # not a wrapper module: saved as what it is
-        model.accepts_loss_kwargs = True  # the Trainer is to count the chosen positions of a step
+        # Not a wrapper module, so that the model is saved as it is.
+        model.forward = functools.partial(masked_lm_forward, model)
+        model.accepts_loss_kwargs = True  # the Trainer then counts the chosen positions of a step
         super().__init__(model=model, callbacks=[MarkComplete()], **kwargs)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) == 2:
@@ -273,16 +274,16 @@ def load_corpora(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The checkpoint to go on from, or a new ALBERT of the sizes asked for; dropout as asked for in both cases.
+    """The checkpoint to continue from, or a new ALBERT of the given sizes; both with the given dropout.
 
-    The weights of a killed run come from here too: transformers 5.0.0 saves those of a loaded ALBERT under names that
-    its own Trainer passes over.
+    This also loads the weights of a killed run, because transformers 5.0.0 saves the weights of a loaded ALBERT under
+    names that its own Trainer ignores.
     """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     attention = {"attn_implementation": args.attention}
     checkpoint = last_checkpoint(args.output)
     if checkpoint and not (Path(checkpoint) / "config.json").is_file():
-        checkpoint = None  # in shards, by FSDP: the Trainer loads them
+        checkpoint = None  # FSDP has saved shards: the Trainer loads them
     source = args.model if args.eval_only else checkpoint or args.model
     if source is not None:
         model = AutoModelForMaskedLM.from_pretrained(source, trust_remote_code=True, **dropout, **attention)
@@ -324,7 +325,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
         if arguments.process_index == 0:
             tokens = np.concatenate([train[index] for index in range(len(train))])
             set_word_embeddings(embeddings[:, POSITION_DIMS if args.neighbour_heads else 0 :], tokens)
-        # DDP would hand them to the other processes, but FSDP takes each one's part from itself
+        # DDP would send them to the other processes, but with FSDP each process uses its own values
         embeddings.copy_(broadcast(embeddings.to(arguments.device)))
     if args.compile:
         model.albert.compile()
@@ -339,16 +340,16 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Train (unless only an evaluation is asked for), evaluate, save; returns the final evaluation, in every process."""
+    """Train (except with `--eval_only`), save and evaluate. Returns the final evaluation in every process."""
     trainer = build_trainer(args)
     if not args.eval_only:
         checkpoint = last_checkpoint(args.output)
         if checkpoint and trainer.is_world_process_zero():
             print(f"resuming from {checkpoint}", file=sys.stderr)
         trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.is_fsdp_enabled:  # whatever its checkpoints are
+        if trainer.is_fsdp_enabled:  # its checkpoints may have another type
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.model.config.use_cache = True  # transformers 5's Trainer has set it to False
+        trainer.model.config.use_cache = True  # the Trainer of transformers 5 sets it to False
         trainer.save_model(str(args.output / "final"))
         if trainer.is_world_process_zero():
             copy_tokenizer(Path(args.tokenizer or args.model), args.output / "final")
@@ -360,36 +361,46 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 @dataclass
-class Options:  # beside the Trainer's own arguments
+class Options:  # in addition to the Trainer's own arguments
     exclude_ids: list[str] = HfArg(default_factory=list, help="files with one held-out document id per line")
-    held_out_share: float = HfArg(default=0.0, help="of the documents (0.01), held out by their ids")
+    held_out_share: float = HfArg(
+        default=0.0, help="share of the documents to hold out, such as 0.01, chosen by their ids"
+    )
     model: str | None = HfArg(
-        default=None, help="checkpoint directory to go on from (its own code is run if it has any)"
+        default=None, help="checkpoint directory to continue from (its own code is run if it has any)"
     )
     tokenizer: str | None = HfArg(default=None, help="tokenizer directory; None: the --model directory")
-    cache: str | None = HfArg(default=None, help="folder for tokenized text; None: tokens in the output directory")
-    max_length: int = HfArg(default=128, help="tokens of a piece, [CLS] and [SEP] included")
-    dropout: float = HfArg(default=0.0, help="of hidden states and attention")
-    mask_rate: float = HfArg(default=0.15, help="share of the tokens that are predicted")
-    span_words: int = HfArg(default=3, help="words that are masked together at most")
+    cache: str | None = HfArg(
+        default=None, help="folder for tokenized text; None: the folder tokens in the output directory"
+    )
+    max_length: int = HfArg(default=128, help="number of tokens in a piece, [CLS] and [SEP] included")
+    dropout: float = HfArg(default=0.0, help="dropout of hidden states and attention")
+    mask_rate: float = HfArg(default=0.15, help="share of tokens that are predicted")
+    span_words: int = HfArg(default=3, help="largest number of adjacent words that are masked together")
     attention: str | None = HfArg(default=None, help="eager or sdpa; None: transformers' choice")
-    shift_positions: bool = HfArg(default=False, help="place each piece anywhere in the positions")
-    extend_positions: int | None = HfArg(default=None, help="set the positions after so many, the trained ones")
+    shift_positions: bool = HfArg(default=False, help="give each piece a random place among the positions")
+    extend_positions: int | None = HfArg(
+        default=None, help="number of trained positions; those after them are set to continue them"
+    )
     compile: bool = HfArg(default=False, help="torch.compile the encoder")
-    groups: int | None = HfArg(default=None, help="of layers with weights of their own; None: the --model's, or one")
-    eval_only: bool = HfArg(default=False, help="no training: evaluate --model and print the result")
-    eval_tokens: int = HfArg(default=262_144, help="about so many held-out tokens are read")
-    eval_seed: int = HfArg(default=12_345, help="fixes the held-out pieces and their masks")
-    hidden_size: int = HfArg(default=256, help="of a model from scratch")
-    layers: int = HfArg(default=6, help="of a model from scratch")
-    heads: int = HfArg(default=4, help="of a model from scratch")
-    intermediate_size: int = HfArg(default=1024, help="of a model from scratch")
-    embedding_size: int = HfArg(default=128, help="of a model from scratch")
-    positions: int = HfArg(default=512, help="position embeddings of a model from scratch")
-    word_vectors: bool = HfArg(default=False, help="start from counted word vectors (6 GB of memory)")
-    neighbour_heads: bool = HfArg(default=False, help="start with heads that look at the next token")
-    init_range: float = HfArg(default=0.02, help="standard deviation of the first weights")
-    activation: str = HfArg(default="gelu_pytorch_tanh", help="gelu_new's function, in one fused kernel")
+    groups: int | None = HfArg(
+        default=None, help="number of layer groups with their own weights; None: as in --model, or one"
+    )
+    eval_only: bool = HfArg(default=False, help="do not train: evaluate --model and print the result")
+    eval_tokens: int = HfArg(default=262_144, help="approximate number of held-out tokens to evaluate on")
+    eval_seed: int = HfArg(default=12_345, help="random seed for the held-out pieces and their masks")
+    hidden_size: int = HfArg(default=256, help="hidden size of a model from scratch")
+    layers: int = HfArg(default=6, help="number of layers of a model from scratch")
+    heads: int = HfArg(default=4, help="number of attention heads of a model from scratch")
+    intermediate_size: int = HfArg(default=1024, help="feed-forward size of a model from scratch")
+    embedding_size: int = HfArg(default=128, help="embedding size of a model from scratch")
+    positions: int = HfArg(default=512, help="number of position embeddings of a model from scratch")
+    word_vectors: bool = HfArg(default=False, help="start with word vectors from counts (needs 6 GB of memory)")
+    neighbour_heads: bool = HfArg(default=False, help="start with heads that attend to neighbouring tokens")
+    init_range: float = HfArg(default=0.02, help="standard deviation of the initial weights")
+    activation: str = HfArg(
+        default="gelu_pytorch_tanh", help="activation; the default is gelu_new's function in one fused kernel"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -406,7 +417,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options, training, rest = parser.parse_args_into_dataclasses(argv)
     args = argparse.Namespace(**vars(options), corpus=rest.corpus, training=training, output=Path(training.output_dir))
     if args.model is None and args.tokenizer is None:
-        parser.error("one of --model and --tokenizer is needed")
+        parser.error("give --model or --tokenizer")
     if args.model is not None and (args.word_vectors or args.neighbour_heads):
         parser.error("--word_vectors and --neighbour_heads are for a model from scratch, not for --model")
     if args.model is None and args.extend_positions is not None:
@@ -414,7 +425,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.neighbour_heads and (
         args.hidden_size // args.heads < POSITION_DIMS or not POSITION_DIMS < args.embedding_size <= args.hidden_size
     ):
-        parser.error(f"--neighbour_heads needs heads of {POSITION_DIMS} or more, and embeddings above that")
+        parser.error(
+            f"--neighbour_heads needs heads of at least {POSITION_DIMS}, and larger embeddings, up to --hidden_size"
+        )
     if not 0 <= args.held_out_share < 1:
         parser.error(f"--held_out_share must be at least 0 and below 1, got {args.held_out_share}")
     if args.max_length < 3 or training.max_steps < 1:

@@ -1,4 +1,4 @@
-"""Documents as token ids, made once per source and kept on disk; cut into training pieces."""
+"""Documents as token ids, which are computed once per source and kept on disk, and cut into training pieces."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def tokenize_source(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def _cache_key(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with the vocabulary and with the documents."""
+    """A key that changes with the vocabulary and with the documents."""
     key = [fingerprint(source), sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
 def load_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizedDocuments:
-    """The tokens of a source, from the cache in ``folder`` or tokenized now and put there."""
+    """The tokens of a source. They are read from the cache in ``folder``, or computed and saved there."""
     stem = folder / f"{Path(source).name}-{_cache_key(source, tokenizer)}"
     tokens, index = Path(f"{stem}.tokens.npy"), Path(f"{stem}.json")
     if not index.is_file():
@@ -67,7 +67,7 @@ def load_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: 
         documents = tokenize_source(source, tokenizer)
         np.save(tokens, documents.tokens)
         content = {"offsets": documents.offsets.tolist(), "ids": documents.ids}
-        write_atomically(index, json.dumps(content).encode())  # last: its presence says that the cache is whole
+        write_atomically(index, json.dumps(content).encode())  # last: its presence shows a complete cache
     content = json.loads(index.read_text())
     return TokenizedDocuments(np.load(tokens, mmap_mode="r"), np.asarray(content["offsets"]), content["ids"])
 
@@ -76,7 +76,7 @@ def piece_starts(length: int, size: int) -> np.ndarray:
     """Where a document of ``length`` tokens is cut into pieces of at most ``size`` tokens, shape ``(pieces,)``.
 
     The starts are spread evenly and neighbours overlap a little, so that a document of at least ``size`` tokens
-    gives full pieces only: no padding, and the model need not be given a mask.
+    gives full pieces only. Then there is no padding, and the model needs no mask.
     """
     if length == 0:
         return np.zeros(0, dtype=np.int64)
@@ -85,7 +85,7 @@ def piece_starts(length: int, size: int) -> np.ndarray:
 
 
 def cut_pieces(documents: TokenizedDocuments, size: int, keep: Iterable[bool]) -> np.ndarray:
-    """``(start, end)`` of every piece of the documents to keep, shape ``(pieces, 2)``, never across two documents."""
+    """``(start, end)`` of every piece of the kept documents, shape ``(pieces, 2)``. No piece is in two documents."""
     cuts = [np.zeros((0, 2), dtype=np.int64)]
     for begin, end, kept in zip(documents.offsets[:-1], documents.offsets[1:], keep, strict=True):
         if kept:

@@ -2,8 +2,8 @@
 
     python -m pretraining.train_tokenizer corpus.jsonl.gz --exclude-ids heldout.txt --output .
 
-Three files are written: ``spiece.model`` (read by the slow tokenizer), ``tokenizer.json`` (read by the fast one;
-without it transformers converts ``spiece.model`` itself, which takes protobuf) and ``tokenizer_config.json``.
+Three files are written: ``spiece.model`` for the slow tokenizer, ``tokenizer.json`` for the fast tokenizer, and
+``tokenizer_config.json``. Without ``tokenizer.json``, transformers converts ``spiece.model``, which needs protobuf.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pretraining.corpus import CorpusError, read_documents, read_ids
 from pretraining.training_support import write_atomically
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # the position is the id, as in ALBERT
-BOUNDARY = "\t"  # no piece may reach across it in training; never occurs in normalized text
+BOUNDARY = "\t"  # no piece may contain it in training; it never occurs in normalized text
 SHORT_NAMES = {"pad": "<pad>", "unk": "<unk>", "cls": "[CLS]", "sep": "[SEP]", "bos": "[CLS]", "eos": "[SEP]"}
 
 
 def normalize(text: str) -> str:
-    """What AlbertTokenizer does to a text before sentencepiece sees it (lower-cased, no accents, single spaces).
+    """Normalize a text as AlbertTokenizer does before sentencepiece (lower case, no accents, single spaces).
 
-    The sentencepiece model itself then normalizes nothing: transformers 5.0 ignores a model's own rules, other
-    versions apply them, and only a model without any gives the same ids everywhere.
+    The sentencepiece model itself normalizes nothing. transformers 5.0 ignores a model's own rules, but other versions
+    apply them, so only a model without rules gives the same ids everywhere.
     """
     text = " ".join(text.split()).replace("``", '"').replace("''", '"')
     text = unicodedata.normalize("NFKD", text)
@@ -41,7 +41,7 @@ def normalize(text: str) -> str:
 
 
 def mark_boundaries(text: str) -> str:
-    """Keep digits and commas in separate pieces: AlbertTokenizer cuts "9," in two, the fast one does not."""
+    """Keep digits and commas in separate pieces: AlbertTokenizer cuts "9," in two, but the fast tokenizer does not."""
     return re.sub(r"(?<=\d)(?=,)", BOUNDARY, text)
 
 
@@ -65,7 +65,7 @@ def sample(items: Iterable[str], size: int, seed: int) -> list[str]:
 
 
 def train_unigram(texts: list[str], vocab_size: int, threads: int) -> bytes:
-    """Train on normalized texts; returns the serialized sentencepiece model."""
+    """Train on normalized texts. Returns the serialized sentencepiece model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=map(mark_boundaries, texts),
@@ -110,7 +110,7 @@ def fast_tokenizer(model: bytes) -> Tokenizer:
 
 
 def _added_token(token: str) -> dict[str, str | bool]:
-    """A special token's settings: `[MASK]` stands for a word, so it takes the space before it along."""
+    """A special token's settings. `[MASK]` stands for a word, so it includes the space before it."""
     settings = {"single_word": False, "lstrip": token == "[MASK]", "rstrip": False, "normalized": False}
     return {"content": token, **settings, "special": True}
 
@@ -124,7 +124,7 @@ def tokenizer_config(max_length: int) -> dict[str, object]:
         "keep_accents": False,
         "remove_space": True,
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],  # 5.x drops the token types otherwise
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],  # otherwise, 5.x drops the token types
         "model_max_length": max_length,
         **{f"{name}_token": token for name, token in SHORT_NAMES.items()},
         "mask_token": mask,
@@ -148,11 +148,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("corpus", nargs="+", help="JSON lines (also .gz), text files or folders, or data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer files")
     parser.add_argument("--exclude-ids", nargs="*", default=[], help="files with one held-out document id per line")
-    parser.add_argument("--vocab-size", type=int, default=16_000, help="pieces, special ones included")
-    parser.add_argument("--sample", type=int, default=400_000, help="at most so many paragraphs are trained on")
+    parser.add_argument("--vocab-size", type=int, default=16_000, help="number of pieces, special ones included")
+    parser.add_argument("--sample", type=int, default=400_000, help="largest number of paragraphs to train on")
     parser.add_argument("--max-length", type=int, default=4096, help="model_max_length of the tokenizer, in tokens")
-    parser.add_argument("--seed", type=int, default=1, help="of the sample")
-    parser.add_argument("--threads", type=int, default=2, help="part of the recipe: sums depend on their order")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of the sample")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="number of threads; it changes the result slightly, as sums depend on their order",
+    )
     return parser.parse_args(argv)
 
 

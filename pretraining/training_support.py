@@ -1,4 +1,4 @@
-"""What pre-training and the studies share: files that are whole or not there, and checkpoints that are complete."""
+"""Helpers for pre-training and the studies: files are written as a whole, and only complete checkpoints are used."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from transformers import TrainerCallback, TrainingArguments
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that no reader, and no kill in between, ever sees half of it."""
+    """Write a file so that it is never half written, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each has its own
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # each process has its own name
     partial.write_bytes(content)
     os.replace(partial, path)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are: saved by transformers 5, they are without ``spiece.model``."""
+    """Copy the tokenizer's files as they are, because transformers 5 would save them without ``spiece.model``."""
     for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def check_same_run(output: Path, arguments: dict) -> None:
-    """Note the arguments of what lies in a folder, which that of other arguments must not be mixed with.
+    """Store the arguments of the run in a folder, so that runs with other arguments are not mixed with it.
 
     Raises:
         ValueError: the folder holds a run with other arguments.
@@ -46,7 +46,7 @@ class MarkComplete(TrainerCallback):
     """Marks a checkpoint once every process has saved its part: the Trainer itself does not wait for the others."""
 
     def on_save(self, args, state, control, **kwargs):
-        from accelerate import PartialState  # as the Trainer does; what does not train does without
+        from accelerate import PartialState  # imported here, as only training needs it
 
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -54,14 +54,14 @@ class MarkComplete(TrainerCallback):
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that `MarkComplete` has marked."""
+    """The newest checkpoint that `MarkComplete` has marked, or None."""
     found = [path.parent for path in output.glob("checkpoint-*/complete")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
 class Arguments(TrainingArguments):
-    """With several processes, Accelerate numbers CPUs too. Until 5.0 at least, the Trainer resumes with that number, at
-    which PyTorch cannot load anything."""
+    """Training arguments whose CPU device has no number. With several processes, Accelerate numbers CPUs too. Until
+    5.0 at least, the Trainer resumes with such a device, which PyTorch cannot load tensors on."""
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +70,7 @@ class Arguments(TrainingArguments):
 
 
 def describe_machine() -> dict[str, str]:
-    """The device and the versions of what was run on it."""
+    """The device, and the versions of the libraries."""
     cpu = f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {"transformers": transformers.__version__, "torch": torch.__version__, "on": device}

@@ -2,11 +2,11 @@
 
     python -m pretraining.transplant SENTENCE_ENCODER runs/start --tokenizer .
 
-A BERT is an ALBERT with as many groups as layers, so its layers are taken as they are. The word embeddings are carried
-over to the new vocabulary as in Gee et al., "Fast Vocabulary Transfer for Language Model Compression" (EMNLP 2022
-Industry Track): a piece that the source knows gets the source's vector, any other the mean of the vectors of the pieces
-into which the source's tokenizer splits it. The head for masked words starts as the identity, so that the first
-predictions are the words whose vectors lie near the encoder's outputs.
+A BERT is an ALBERT with as many groups as layers, so its layers are copied. The word embeddings are transferred to the
+new vocabulary as in Gee et al., "Fast Vocabulary Transfer for Language Model Compression" (EMNLP 2022 Industry Track).
+A piece that the source knows gets the source's vector. Any other piece is split by the source's tokenizer, and gets
+the mean of the vectors of its parts. The head for masked words starts as the identity, so that the first predictions
+are the words whose vectors are near the encoder's outputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPECIAL = ("pad_token_id", "unk_token_id", "cls_token_id", "sep_token_id", "mask
 def source_ids(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """For each sentencepiece piece, the ids of the source's pieces that stand for it; none for a lone word start.
 
-    Inside of a word, WordPiece writes letters with a prefix of their own, but never punctuation.
+    Inside a word, WordPiece marks pieces of letters with a prefix, but never punctuation.
     """
     vocabulary = tokenizer.get_vocab()
     inside = [vocabulary.get(CONTINUED + piece) if piece.isalnum() else None for piece in pieces]
@@ -48,14 +48,14 @@ def source_ids(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[li
 
 
 def transplant_vectors(vectors: Tensor, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> Tensor:
-    """Word vectors for the target's vocabulary, from those of the source's.
+    """Word vectors for the target's vocabulary, made from those of the source's vocabulary.
 
     Args:
         vectors: shape (source vocabulary, size).
         source, target: the tokenizers of both vocabularies; the target's is a sentencepiece vocabulary.
 
     Returns:
-        Shape (target vocabulary, size). Special tokens are matched by their role. A piece that stands for nothing in
+        Shape (target vocabulary, size). Special tokens are matched by their role. A piece without counterpart in
         the source gets the mean of all vectors.
     """
     pieces = target.convert_ids_to_tokens(list(range(len(target))))
@@ -69,10 +69,10 @@ def transplant_vectors(vectors: Tensor, source: PreTrainedTokenizerBase, target:
 
 
 def albert_config(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AlbertConfig:
-    """The encoder's sizes as those of an ALBERT with that tokenizer's vocabulary.
+    """The configuration of an ALBERT with the encoder's sizes and that tokenizer's vocabulary.
 
     Raises:
-        ValueError: the encoder is of no family that can be converted.
+        ValueError: the encoder does not belong to a family that can be converted.
     """
     family = FAMILIES.get(encoder.config.model_type)
     if family is None:
@@ -92,10 +92,10 @@ def albert_config(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def transplant(
     encoder: PreTrainedModel, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase
 ) -> AlbertForMaskedLM:
-    """An ALBERT with a head for masked words, made of the encoder's layers, that reads the target's vocabulary.
+    """An ALBERT with the encoder's layers, the target's vocabulary and a head for masked words.
 
     Raises:
-        ValueError: the encoder is of no family that can be converted, or lacks one of its tensors.
+        ValueError: the encoder does not belong to a family that can be converted, or lacks a tensor.
     """
     model = AlbertForMaskedLM(albert_config(encoder, target))
     family = FAMILIES[encoder.config.model_type]
@@ -117,10 +117,10 @@ def transplant(
 
 
 def load_encoder(source: str) -> PreTrainedModel:
-    """The encoder in a directory, of which every layer must be there; a head is left out.
+    """The encoder in a directory. Every layer must be there; a head is left out.
 
     Raises:
-        ValueError: a tensor of the encoder is missing, which transformers would draw at random.
+        ValueError: a tensor of the encoder is missing. transformers would initialize it at random.
     """
     encoder, loading = AutoModel.from_pretrained(source, output_loading_info=True)
     missing = sorted(name for name in loading["missing_keys"] if ".pooler." not in f".{name}")

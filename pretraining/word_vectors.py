@@ -1,7 +1,8 @@
-"""A start for the word embeddings: which pieces stand near each other, counted once and factorized.
+"""Initial word embeddings: counts of which pieces occur near each other, factorized.
 
-A masked-language model has to learn at the same time what words mean and where to look, and neither helps without the
-other: for millions of tokens the loss stays near that of word frequencies. Counting needs one pass and no gradients.
+A masked language model must learn what words mean and where to attend at the same time, and one does not help without
+the other. For millions of tokens, the loss stays near that of word frequencies. Counting needs one pass, without
+gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def cooccurrences(texts: Iterable[np.ndarray], vocab_size: int, window: int) -> Tensor:
-    """How often two pieces stand at most ``window`` tokens apart, weighted by 1/distance.
+    """How often two pieces occur at most ``window`` tokens apart, weighted by 1/distance.
 
     Args:
         texts: token ids, each of shape (length,).
@@ -35,9 +36,10 @@ def cooccurrences(texts: Iterable[np.ndarray], vocab_size: int, window: int) -> 
 
 
 def positive_pmi(counts: Tensor) -> Tensor:
-    """How much more often than by chance two pieces meet, as a logarithm, zero where not: (vocabulary, vocabulary).
+    """How much more often than by chance two pieces occur together, as a logarithm: (vocabulary, vocabulary).
 
-    One is taken off every count, so that pairs seen once say nothing.
+    Pairs that occur less often than by chance get 0. Every count is reduced by one, so that pairs seen once have no
+    effect.
     """
     frequency = counts.sum(0).clamp_min(1.0)
     ratio = (counts - 1).clamp_min(0).mul_(counts.sum()).div_(frequency[:, None]).div_(frequency[None, :])
@@ -45,7 +47,7 @@ def positive_pmi(counts: Tensor) -> Tensor:
 
 
 def factorize(matrix: Tensor, size: int, steps: int = 4) -> Tensor:
-    """Vectors (rows, size) whose products come near a symmetric matrix (randomized subspace iteration)."""
+    """Vectors (rows, size) whose products approximate a symmetric matrix (randomized subspace iteration)."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(matrix), min(len(matrix), size + 32), generator=generator)
     for _ in range(steps):
@@ -66,6 +68,6 @@ def set_word_embeddings(embeddings: Tensor, tokens: np.ndarray, window: int = 5)
     counts = cooccurrences([tokens], len(embeddings), window)
     seen = counts.sum(0) > 0
     vectors = factorize(positive_pmi(counts), embeddings.shape[1])
-    vectors -= vectors[seen].mean(0)  # what all pieces share tells nothing
+    vectors -= vectors[seen].mean(0)  # the mean of all pieces carries no information
     vectors *= embeddings.std() / vectors.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
     embeddings[seen] = vectors[seen]

@@ -249,7 +249,7 @@ def test_speed_goes_on_where_it_stopped(finished, folder, arguments, monkeypatch
 
 
 def test_speed_refuses_results_that_were_measured_otherwise(finished, arguments):
-    with pytest.raises(SystemExit, match="was measured otherwise"):
+    with pytest.raises(SystemExit, match="was measured with other settings"):
         speed.main([*arguments, "--rounds", "3"])
 
 
@@ -384,7 +384,15 @@ def test_gpu_runs_end_to_end_on_a_cpu(tmp_path):
 def test_profile_layer_names_the_parts(mode):
     before = [dict(vars(module)) for module in profile_layer.attention_modules()]
     text = profile_layer.main(["--length", "64", "--size", "tiny", "--threads", "1", "--rounds", "1", "--mode", mode])
-    for part in ("projections", "feed-forward", "selection", "attention kernel", "activation", "norms", "not watched"):
+    for part in (
+        "projections",
+        "feed-forward",
+        "selection",
+        "attention kernel",
+        "activation",
+        "norms",
+        "not instrumented",
+    ):
         assert f"| {part} |" in text or part in text
     assert [vars(module) for module in profile_layer.attention_modules()] == before
 

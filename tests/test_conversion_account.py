@@ -46,7 +46,7 @@ def test_a_class_has_the_names_of_the_family_and_of_albert(name):
 )
 def test_other_classes_are_refused_with_those_of_the_family(name):
     with pytest.raises(
-        ConversionError, match=rf"architecture {name!r}: did you mean 'Other.*Known are OtherModel, OtherFor"
+        ConversionError, match=rf"architecture {name!r}: did you mean 'Other.*Choose from OtherModel, OtherFor"
     ):
         lsg_architecture(name, OTHER)
 

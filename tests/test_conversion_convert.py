@@ -170,7 +170,7 @@ def test_golden_lsg_source(shared, tmp_path):
             resize_lsg=table["resize_lsg"],
         )
         assert report.source_is_lsg and report.comparison.lossless_difference < 1e-4
-        assert any("made anew" in warning for warning in report.warnings) != table["resize_lsg"]
+        assert any("made again" in warning for warning in report.warnings) != table["resize_lsg"]
         made = load_file(tmp_path / str(i) / "model.safetensors")["albert." + MADE[0]]
         torch.testing.assert_close(made, expected[table["tensor"]], rtol=0, atol=1e-6)
         config = json.loads((tmp_path / str(i) / "config.json").read_text())
@@ -322,7 +322,7 @@ DAMAGES = {
     "no weights": (lambda s: (s / "model.safetensors").unlink(), "source has no weights"),
     "tensorflow": (
         lambda s: (s / "model.safetensors").rename(s / "tf_model.h5"),
-        "source has no weights.*tf_model.h5 is of another framework",
+        "source has no weights.*tf_model.h5 belongs to another framework",
     ),
     "truncated": (lambda s: truncate(s / "model.safetensors"), r"model\.safetensors is damaged"),
     "empty": (lambda s: (s / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged"),
@@ -344,7 +344,7 @@ DAMAGES = {
     "foreign tensor": (lambda s: damage_weights(s, lambda w: w.update(lora=torch.ones(1))), "tensor lora.*no ALBERT"),
     "integers": (
         lambda s: damage_weights(s, lambda w: w.update({"predictions.bias": w["predictions.bias"].to(torch.int8)})),
-        "predictions.bias is of the type torch.int8",
+        "predictions.bias has the type torch.int8",
     ),
     "unknown class": (
         lambda s: damage_config(s, architectures=["AlbertForTokenClassifcation"]),

@@ -219,7 +219,7 @@ def test_a_source_that_is_no_place_is_named(source):
 
 
 def test_a_repository_out_of_reach_is_named():
-    with pytest.raises(ConversionError, match="someone/nothing is no directory here, and the Hub gave none"):
+    with pytest.raises(ConversionError, match="someone/nothing is not a directory, and loading it from the Hub"):
         fetch_source("someone/nothing")  # offline, as all tests are
 
 

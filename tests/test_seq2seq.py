@@ -808,9 +808,9 @@ IDS = torch.full((2, 9), 7)
         ({"decoder_input_ids": IDS[:, :0]}, "`decoder_input_ids` has the length 0"),
         ({"decoder_inputs_embeds": torch.ones(2, 9, 32)}, r"`decoder_inputs_embeds` .* `embedding_size` \(16\)"),
         ({"decoder_input_ids": torch.ones(2, 177).long()}, "`decoder_input_ids` has 177 tokens.* is 176.*convert"),
-        ({"decoder_input_ids": IDS[:1]}, "`decoder_input_ids` has a batch of 1, but that of the encoder is 2"),
+        ({"decoder_input_ids": IDS[:1]}, "`decoder_input_ids` has a batch of 1, but the encoder has a batch of 2"),
         ({"decoder_inputs_embeds": torch.ones(3, 9, 16)}, "`decoder_inputs_embeds` has a batch of 3"),
-        ({"labels": IDS[:1]}, "a batch of 1, but that of the encoder is 2"),
+        ({"labels": IDS[:1]}, "a batch of 1, but the encoder has a batch of 2"),
         ({"labels": IDS[:, :4], "decoder_input_ids": IDS}, r"`labels` must have .* = \(2, 9\), got \(2, 4\)"),
         (
             {"decoder_input_ids": IDS, "decoder_attention_mask": torch.ones(2, 8)},
@@ -833,7 +833,7 @@ def test_outputs_of_another_encoder_are_named(model):
     outputs = model.get_encoder()(IDS)
     with pytest.raises(ValueError, match=r"`attention_mask` must have .* = \(2, 9\).*got the shape \(2, 8\)"):
         model(encoder_outputs=outputs, attention_mask=torch.ones(2, 8), decoder_input_ids=IDS)
-    with pytest.raises(ValueError, match="a batch of 1, but that of the encoder is 2"):
+    with pytest.raises(ValueError, match="a batch of 1, but the encoder has a batch of 2"):
         model(encoder_outputs=outputs, decoder_input_ids=IDS[:1])
     outputs.global_hidden_states = outputs["global_hidden_states"] = torch.ones(1, 1, 32)
     with pytest.raises(ValueError, match="`global_hidden_states` of 1 rows and a `last_hidden_state` of 2"):
@@ -843,15 +843,15 @@ def test_outputs_of_another_encoder_are_named(model):
 def test_cache_of_another_batch_or_at_its_end_is_named(tiny_config):
     model = make(tiny_config(max_position_embeddings=12))
     cache = cache_of(model(IDS, decoder_input_ids=IDS))
-    with pytest.raises(ValueError, match="a batch of 1, but that of the encoder is 2"):
+    with pytest.raises(ValueError, match="a batch of 1, but the encoder has a batch of 2"):
         model(decoder_input_ids=IDS[:1, :1], cache=cache)
     with pytest.raises(ValueError, match="The decoder has no inputs"):
         model(IDS, cache=cache)
-    with pytest.raises(ValueError, match="4 tokens behind the 9 in the cache.* is 12"):
+    with pytest.raises(ValueError, match="4 tokens after the 9 in the cache.* is 12"):
         model(decoder_input_ids=IDS[:, :4], cache=cache)
     with pytest.raises(ValueError, match=r"`decoder_attention_mask` must have .*\(2, 10\)"):
         model(decoder_input_ids=IDS[:, :1], decoder_attention_mask=torch.ones(2, 1), cache=cache)
-    with pytest.raises(ValueError, match="1 tokens behind the 12 in the cache.* is 12.*`generate`"):
+    with pytest.raises(ValueError, match="1 tokens after the 12 in the cache.* is 12.*`generate`"):
         model.generate(IDS, max_new_tokens=20, eos_token_id=119, pad_token_id=0, min_new_tokens=20)
 
 

@@ -246,7 +246,7 @@ def test_generation_ends_at_a_string(tiny_config, tokenizer):
 
 def test_generation_past_the_last_position_is_named(tiny_config):
     model = make(tiny_config(vocab_size=20, max_position_embeddings=12))
-    with pytest.raises(ValueError, match="behind the 12 in the cache.*`max_position_embeddings` is 12"):
+    with pytest.raises(ValueError, match="after the 12 in the cache.*`max_position_embeddings` is 12"):
         model.generate(torch.ones(1, 9).long(), max_new_tokens=20, min_new_tokens=20)
 
 
