@@ -157,7 +157,6 @@ def split(ids: Sequence[int], length: int) -> list[list[int]]:
     return [list(ids[i : i + length]) for i in range(0, max(len(ids), 1), length)]
 
 
-@torch.no_grad()
 def states_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Sequence[int]]
 ) -> list[Tensor]:
@@ -203,6 +202,7 @@ def encode_chunks(
     return {"mean of chunks": normalize(vectors.mean(0, keepdim=True), dim=-1), "best chunk": vectors}
 
 
+@torch.no_grad()
 def encode_queries(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> np.ndarray:
     """The vectors (queries, hidden) of texts, of which 256 tokens are read."""
     ids = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=254)["input_ids"]
@@ -258,6 +258,7 @@ def interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+@torch.no_grad()
 def measure(
     encode: Callable[[Sequence[int]], dict[str, Tensor]], documents: Sequence[Sequence[int]]
 ) -> tuple[dict, dict]:
