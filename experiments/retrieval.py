@@ -1,10 +1,10 @@
-"""Search long documents by their vectors: one for the whole, one for each chunk, or late chunking, without training.
+"""Search long documents by their vectors: one for the whole, one for each chunk, or late chunking.
 
-    python -m experiments.retrieval DATA --source all-MiniLM-L6-v2 --collections covid_qa --lengths 1024 2048 4096
+    python -m experiments.retrieval DATA --source FOLDER --collections covid_qa --lengths 1024 2048 4096
 
-SOURCE is a model of sentence-transformers of the BERT family that pools by the mean. Its conversion to LSG is made in FOLDER,
-where the vectors are kept too. OUTPUT.json holds the rank of the right document for every query, and is written after every
-system; started again, what is there is kept. OUTPUT.md is made from it.
+The source is a model of sentence-transformers that pools by the mean. Its conversion and all vectors are kept in --folder.
+OUTPUT.json holds the rank of the right document for every query, and is written after every system; started again, what is
+there is kept. OUTPUT.md is made from it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -36,8 +35,8 @@ from pretraining.training_support import describe_machine, write_atomically
 
 LATE = 8000  # characters before the answer, from which a query is about the later part
 PASSAGES = (128, 256, 512)  # tokens of a chunk, or of a passage in late chunking
-WHOLE = 16384  # tokens, more than any of these documents has but two
-CHUNKS_AT_ONCE = 8192  # tokens
+WHOLE = 16384  # tokens; few documents have more
+AT_ONCE = 8192  # tokens of chunks in a batch
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,24 @@ def read_lines(path: Path) -> list[dict]:
 
 def covid_qa(data: Path) -> Collection:
     """Questions against the whole papers that answer them."""
-    rows = [
-        (row, split == "test")
-        for split in ("train", "test")
-        for row in read_lines(data / f"qa/covid_qa/{split}.jsonl.gz")
-    ]
-    queries = [
-        Query(question["question"], number, question["answers"][0]["answer_start"], is_test)
-        for number, (row, is_test) in enumerate(rows)
-        for question in row["qas"]
-    ]
-    return Collection([row["context"] for row, _ in rows], queries)
+    documents, queries = [], []
+    for split in ("train", "test"):
+        for row in read_lines(data / f"qa/covid_qa/{split}.jsonl.gz"):
+            for asked in row["qas"]:
+                position = asked["answers"][0]["answer_start"]
+                queries.append(Query(asked["question"], len(documents), position, split == "test"))
+            documents.append(row["context"])
+    return Collection(documents, queries)
 
 
 def qmsum(data: Path) -> Collection:
-    """The specific questions of the test split against whole meetings; turns are lines, and answers are spans of turns."""
+    """The specific questions of the test split against whole meetings. Turns are lines, and answers are spans of turns."""
     folder = data / "summarization"
     meetings = {row["id"]: row["document"] for row in read_lines(folder / "qmsum_general/test.jsonl.gz")}
-    numbers = {name: number for number, name in enumerate(meetings)}
-    queries = [
-        Query(
-            row["query"], numbers[row["id"]], len("\n".join(meetings[row["id"]].split("\n")[: int(row["span"][0][0])]))
-        )
-        for row in read_lines(folder / "qmsum_spans/test.jsonl.gz")
-    ]
+    numbers, queries = {name: number for number, name in enumerate(meetings)}, []
+    for row in read_lines(folder / "qmsum_spans/test.jsonl.gz"):
+        before = meetings[row["id"]].split("\n")[: int(row["span"][0][0])]
+        queries.append(Query(row["query"], numbers[row["id"]], len("\n".join(before))))
     return Collection([*meetings.values()], queries)
 
 
@@ -136,8 +129,8 @@ COLLECTIONS = {"covid_qa": covid_qa, "qmsum": qmsum, "encyclopedia": encyclopedi
 
 @dataclass(frozen=True)
 class System:
-    """A way to vectors of documents. `model` is a folder; `length` tokens are read in one pass or, where `chunked`, in each
-    chunk of the whole document; `fields` replace those of the model's config."""
+    """A way from documents to vectors: `length` tokens of a document are read in one pass or, where `chunked`, all of it in
+    chunks of that many. `fields` replace those of the model's config."""
 
     name: str
     model: Path
@@ -146,10 +139,33 @@ class System:
     fields: dict = field(default_factory=dict)
 
 
+def systems(args: argparse.Namespace) -> list[System]:
+    """What is compared, the most telling first."""
+    source, lsg, long = Path(args.source), args.folder / "lsg", max(args.lengths)
+
+    def converted(length: int, kind: str, block_size: int = 128, model: Path = lsg, name: str = "LSG") -> System:
+        name = f"{name} {length:,}, {kind}" + (f", blocks of {block_size}" if block_size != 128 else "")
+        return System(name, model, length, fields={"block_size": block_size, "sparsity_type": kind})
+
+    # A text of up to two blocks gets full attention, which is the source with its positions repeated.
+    full = {"block_size": long // 2, "sparsity_type": "none"}
+    found = [System(f"source, cut at {length}", source, length) for length in (256, 512)]
+    found += [converted(long, kind) for kind in ("none", "norm")]
+    found += [System(f"source, chunks of {size}", source, size, chunked=True) for size in PASSAGES]
+    found += [converted(WHOLE, "none"), System(f"full attention {long:,}", lsg, long, fields=full)]
+    if args.all:
+        found += [converted(long, kind) for kind in SPARSITY_TYPES] + [converted(WHOLE, "norm")]
+        found += [converted(n, kind, size) for n in args.lengths for size in (128, 256) for kind in ("none", "norm")]
+    if args.trained_lsg:
+        found.append(converted(long, "none", model=args.trained_lsg, name="trained LSG"))
+    if args.trained_source:
+        found.append(System("trained source, chunks of 128", args.trained_source, 128, chunked=True))
+    return [*{system.name: system for system in found}.values()]
+
+
 def load(system: System, dtype: str) -> PreTrainedModel:
-    options = {"trust_remote_code": True} if system.fields else {}
-    model = AutoModel.from_pretrained(system.model, **options, **system.fields, torch_dtype=getattr(torch, dtype))
-    return model.eval()
+    options = {"trust_remote_code": True, **system.fields} if system.fields else {}
+    return AutoModel.from_pretrained(system.model, torch_dtype=getattr(torch, dtype), **options).eval()
 
 
 def split(ids: Sequence[int], length: int) -> list[list[int]]:
@@ -179,25 +195,18 @@ def passage_vectors(states: Tensor, size: int) -> Tensor:
     return torch.stack([normalize(run.mean(0), dim=-1) for run in states.split(size)])
 
 
-def encode_pass(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int
-) -> dict[str, Tensor]:
-    """The vectors (vectors, hidden) of a document's first `length` tokens, one for all and, of long ones, of passages."""
+def encode_pass(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> dict:
+    """The vectors (vectors, hidden) of a document's first `length` tokens: one for all and, of many, of passages."""
     (states,) = states_of(model, tokenizer, [ids[: length - 2]])
     sizes = PASSAGES if length > max(PASSAGES) else ()
     late = {f"late chunking, {size}": passage_vectors(states, size) for size in sizes}
     return {"one vector": passage_vectors(states, len(states)), **late}
 
 
-def encode_chunks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int
-) -> dict[str, Tensor]:
-    """The vectors of a document's chunks, each embedded alone, and the mean of them."""
-    pieces = split(ids, length - 2)
-    at_once = max(1, CHUNKS_AT_ONCE // length)
-    states = [
-        each for i in range(0, len(pieces), at_once) for each in states_of(model, tokenizer, pieces[i : i + at_once])
-    ]
+def encode_chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> dict:
+    """The vectors (vectors, hidden) of a document's chunks, each embedded alone, and the mean of them."""
+    batches = split(split(ids, length - 2), AT_ONCE // length)
+    states = [each for batch in batches for each in states_of(model, tokenizer, batch)]
     vectors = torch.cat([passage_vectors(each, len(each)) for each in states])
     return {"mean of chunks": normalize(vectors.mean(0, keepdim=True), dim=-1), "best chunk": vectors}
 
@@ -205,13 +214,11 @@ def encode_chunks(
 @torch.no_grad()
 def encode_queries(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> np.ndarray:
     """The vectors (queries, hidden) of texts, of which 256 tokens are read."""
-    ids = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=254)["input_ids"]
+    ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=254)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    vectors = {}
-    for batch in split(order, 32):
-        states = states_of(model, tokenizer, [ids[i] for i in batch])
-        vectors |= {i: passage_vectors(each, len(each)) for i, each in zip(batch, states, strict=True)}
-    return torch.cat([vectors[i] for i in range(len(ids))]).numpy()
+    states = [each for batch in split(order, 32) for each in states_of(model, tokenizer, [ids[i] for i in batch])]
+    vectors = torch.cat([passage_vectors(each, len(each)) for each in states])
+    return vectors[np.argsort(order)].numpy()
 
 
 def rank_documents(queries: np.ndarray, documents: Sequence[np.ndarray], relevant: Sequence[int]) -> np.ndarray:
@@ -242,80 +249,29 @@ def recall_at_1(ranks: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of the queries' values. Documents are resampled, with all their queries."""
+    """The 95 % bootstrap interval of the mean of queries' values. Documents are resampled, with all their queries."""
     groups = np.unique(documents, return_inverse=True)[1]
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
-    if len(sums) < 2:
-        return float("nan"), float("nan")
-    found = bootstrap(
-        (sums, counts),
-        lambda s, n, axis: s.sum(axis) / n.sum(axis),
-        paired=True,
-        method="percentile",
-        n_resamples=2000,
-        rng=0,
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    data = np.bincount(groups, values), np.bincount(groups)
+    options = {"paired": True, "method": "percentile", "n_resamples": 2000, "rng": 0}
+    found = bootstrap(data, lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis), **options)
+    return found.confidence_interval.low, found.confidence_interval.high
 
 
 @torch.no_grad()
 def measure(
-    encode: Callable[[Sequence[int]], dict[str, Tensor]], documents: Sequence[Sequence[int]]
-) -> tuple[dict, dict]:
+    system: System, dtype: str, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Sequence[int]]
+) -> dict:
     """The vectors of each document by the way they are read out, and what a document costs: CPU seconds (wall-clock time
     would count other programs) and the peak of memory beyond the weights, in MiB (None where it is not known)."""
-    memory, made = Memory("cpu"), {}
+    model, encode, vectors = load(system, dtype), encode_chunks if system.chunked else encode_pass, {}
+    memory = Memory("cpu")
     memory.reset_peak()
     started = time.process_time()
     for ids in tqdm(documents, unit="document", disable=None):
-        for name, vectors in encode(ids).items():
-            made.setdefault(name, []).append(vectors.numpy())
+        for name, found in encode(model, tokenizer, ids, system.length).items():
+            vectors.setdefault(name, []).append(found)
     seconds, peak = (time.process_time() - started) / len(documents), memory.peak_beyond_base()
-    return made, {"seconds": round(seconds, 3), "mebibytes": peak and round(peak / 2**20)}
-
-
-def kept(path: Path, make: Callable[[], tuple[dict, dict]]) -> tuple[dict, dict]:
-    """What `measure` makes, from a file if it was made before."""
-    if not path.exists():
-        made, cost = make()
-        arrays = {f"{name}/{i}": array for name, arrays in made.items() for i, array in enumerate(arrays)}
-        content = BytesIO()
-        np.savez(content, cost=json.dumps(cost), **arrays)
-        write_atomically(path, content.getvalue())
-    with np.load(path) as file:
-        made = {}
-        for name in file.files:
-            if name != "cost":
-                made.setdefault(name.rsplit("/", 1)[0], []).append(file[name])
-        return made, json.loads(str(file["cost"]))
-
-
-def systems(args: argparse.Namespace) -> list[System]:
-    """What is compared, the most telling first."""
-    source, lsg = Path(args.source), args.folder / "lsg"
-    long = max(args.lengths)
-
-    def converted(length: int, block_size: int, sparsity_type: str, model: Path = lsg, name: str = "LSG") -> System:
-        fields = {"block_size": block_size, "sparsity_type": sparsity_type}
-        return System(
-            f"{name}, {length:,} tokens, blocks of {block_size}, {sparsity_type}", model, length, fields=fields
-        )
-
-    found = [System(f"source, cut at {length}", source, length) for length in (256, 512)]
-    found += [converted(long, 128, kind) for kind in ("none", "norm")]
-    found += [System(f"source, chunks of {size}", source, size, chunked=True) for size in PASSAGES]
-    found += [converted(WHOLE, 128, kind) for kind in ("none", "norm")]
-    # Texts of up to two blocks get full attention, which makes this the source with its positions repeated.
-    fields = {"block_size": long // 2, "sparsity_type": "none"}
-    found.append(System(f"full attention, {long:,} tokens", lsg, long, fields=fields))
-    if args.all:
-        found += [converted(long, 128, kind) for kind in SPARSITY_TYPES]
-        found += [converted(n, size, kind) for size in (128, 256) for n in args.lengths for kind in ("none", "norm")]
-    if args.trained_lsg:
-        found.append(converted(long, 128, "none", args.trained_lsg, "trained LSG"))
-    if args.trained_source:
-        found.append(System("trained source, chunks of 128", args.trained_source, 128, chunked=True))
-    return [*{system.name: system for system in found}.values()]
+    return {"vectors": vectors, "cost": {"seconds": round(seconds, 3), "mebibytes": peak and round(peak / 2**20)}}
 
 
 def check_pooling(folder: Path) -> None:
@@ -329,108 +285,71 @@ def check_pooling(folder: Path) -> None:
         raise ValueError(f"--source {folder} does not pool by the mean of all tokens: take a model that does.")
 
 
-def describe(collection: Collection, lengths: Sequence[int]) -> dict:
-    """What the results say of a collection; lists have an entry for each query."""
-    queries = collection.queries
-    return {
-        "documents": len(collection.documents),
-        "tokens": {"median": int(np.median(lengths)), "largest": max(lengths), "all": sum(lengths)},
-        "document": [query.document for query in queries],
-        "late": [query.position >= LATE for query in queries],
-        "test": [query.is_test for query in queries],
-    }
-
-
+LONG, CHUNKS, TRAINED = "LSG 4,096, none: ", "source, chunks of ", "trained LSG 4,096, none: "
 COMPARED = [  # which of two is better, by a difference over the same queries
-    (("LSG, 4,096 tokens, blocks of 128, none", "one vector"), ("source, cut at 512", "one vector")),
-    (("LSG, 4,096 tokens, blocks of 128, none", "one vector"), ("source, chunks of 512", "mean of chunks")),
-    (
-        ("LSG, 4,096 tokens, blocks of 128, none", "one vector"),
-        ("LSG, 4,096 tokens, blocks of 128, norm", "one vector"),
-    ),
-    (("LSG, 4,096 tokens, blocks of 128, none", "one vector"), ("full attention, 4,096 tokens", "one vector")),
-    (("LSG, 16,384 tokens, blocks of 128, none", "one vector"), ("source, chunks of 128", "mean of chunks")),
-    (("LSG, 16,384 tokens, blocks of 128, none", "late chunking, 128"), ("source, chunks of 128", "best chunk")),
-    (("LSG, 16,384 tokens, blocks of 128, none", "late chunking, 512"), ("source, chunks of 512", "best chunk")),
-]
-TRAINED = [
-    (
-        ("trained LSG, 4,096 tokens, blocks of 128, none", "one vector"),
-        ("LSG, 4,096 tokens, blocks of 128, none", "one vector"),
-    ),
-    (
-        ("trained LSG, 4,096 tokens, blocks of 128, none", "one vector"),
-        ("trained source, chunks of 128", "mean of chunks"),
-    ),
-    (
-        ("trained LSG, 4,096 tokens, blocks of 128, none", "late chunking, 128"),
-        ("source, chunks of 128", "best chunk"),
-    ),
-    (
-        ("trained LSG, 4,096 tokens, blocks of 128, none", "late chunking, 128"),
-        ("trained source, chunks of 128", "best chunk"),
-    ),
+    (LONG + "one vector", "source, cut at 512: one vector"),
+    (LONG + "one vector", CHUNKS + "512: mean of chunks"),
+    (LONG + "one vector", "LSG 4,096, norm: one vector"),
+    (LONG + "one vector", "full attention 4,096: one vector"),
+    ("LSG 16,384, none: one vector", CHUNKS + "128: mean of chunks"),
+    ("LSG 16,384, none: late chunking, 128", CHUNKS + "128: best chunk"),
+    ("LSG 16,384, none: late chunking, 512", CHUNKS + "512: best chunk"),
+    (TRAINED + "one vector", LONG + "one vector"),
+    (TRAINED + "one vector", CHUNKS + "128: mean of chunks"),
+    (TRAINED + "one vector", "trained " + CHUNKS + "128: mean of chunks"),
+    (TRAINED + "late chunking, 128", LONG + "late chunking, 128"),
+    (TRAINED + "late chunking, 128", CHUNKS + "128: best chunk"),
+    (TRAINED + "late chunking, 128", "trained " + CHUNKS + "128: best chunk"),
 ]
 
 
-def table(rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.ndarray]) -> list[str]:
-    """Markdown of nDCG@10, with its interval, and recall@1, in percent, over subsets of the queries."""
-    heads = [f"{metric}, {name}" for metric in ("nDCG@10", "recall@1") for name in subsets]
-    heads = ["system", "vectors", *heads, "CPU seconds", "MiB"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+def mean_and_interval(values: np.ndarray, documents: np.ndarray, sign: str = "") -> str:
+    low, high = interval(values, documents)
+    return f"{100 * values.mean():{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def tables(rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.ndarray]) -> list[str]:
+    """Markdown of nDCG@10 and recall@1 over subsets of the queries, in percent, and of differences in nDCG@10."""
+    heads = [
+        "system",
+        *(f"{metric}, {name}" for metric in ("nDCG@10", "recall@1") for name in subsets),
+        "CPU seconds",
+        "MiB",
+    ]
+    found, gains = [heads, ["---"] * len(heads)], {}
     for row in rows:
-        ranks, cells = np.array(row["ranks"]), []
-        for chosen in subsets.values():
-            gains = ndcg_at_10(ranks[chosen])
-            low, high = interval(gains, documents[chosen])
-            cells.append(f"{100 * gains.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})")
+        ranks, name = np.array(row["ranks"]), f"{row['system']}: {row['readout']}"
+        name += f" ({row['dtype']})" * (row["dtype"] != rows[0]["dtype"])
+        gains[name] = ndcg_at_10(ranks)
+        cells = [mean_and_interval(gains[name][chosen], documents[chosen]) for chosen in subsets.values()]
         cells += [f"{100 * recall_at_1(ranks[chosen]).mean():.1f}" for chosen in subsets.values()]
-        name = row["system"] + (f" ({row['dtype']})" if row["dtype"] != "float32" else "")
-        lines.append(
-            "| " + " | ".join([name, row["readout"], *cells, f"{row['seconds']:.2f}", str(row["mebibytes"])]) + " |"
-        )
-    return lines
-
-
-def differences(
-    rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.ndarray], pairs: Sequence
-) -> list[str]:
-    """Markdown of the differences in nDCG@10 between pairs of systems, in points, with their intervals."""
-    gains = {(row["system"], row["readout"]): ndcg_at_10(np.array(row["ranks"])) for row in rows}
-    lines = ["| nDCG@10 of | minus that of | " + " | ".join(subsets) + " |", "| --- " * (2 + len(subsets)) + "|"]
-    for first, second in pairs:
+        found.append([name, *cells, f"{row['seconds']:.2f}", str(row["mebibytes"])])
+    found += [[], ["nDCG@10 of", "minus that of", *subsets], ["---"] * (2 + len(subsets))]
+    for first, second in COMPARED:
         if first in gains and second in gains:
-            cells, found = [], gains[first] - gains[second]
-            for chosen in subsets.values():
-                low, high = interval(found[chosen], documents[chosen])
-                cells.append(f"{100 * found[chosen].mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-            lines.append("| " + " | ".join([": ".join(first), ": ".join(second), *cells]) + " |")
-    return lines
+            values = gains[first] - gains[second]
+            cells = [mean_and_interval(values[chosen], documents[chosen], "+") for chosen in subsets.values()]
+            found.append([first, second, *cells])
+    return ["| " + " | ".join(cells) + " |" if cells else "" for cells in found] + [""]
 
 
 def report(results: dict) -> str:
     """The results as Markdown."""
-    lines = []
+    lines = [f"All on {results['machine']['on']}, transformers {results['machine']['transformers']}.", ""]
     for name, collection in results["collections"].items():
-        rows = [row for row in results["rows"] if row["collection"] == name]
         documents, late, test = (np.array(collection[key]) for key in ("document", "late", "test"))
-        tokens = collection["tokens"]
-        lines += [
-            f"## {name}",
-            "",
-            f"{collection['documents']} documents, {tokens['median']:,} tokens in the median, {tokens['largest']:,}"
-            f" at most; {len(late):,} queries, the answers of {late.sum():,} stand {LATE:,} characters and more from the start.",
-            "",
-        ]
-        subsets = {"all": np.full(len(late), True), "late": late}
-        subsets = {key: chosen for key, chosen in subsets.items() if key == "all" or not chosen.all()}
-        lines += [*table(rows, documents, subsets), "", *differences(rows, documents, subsets, COMPARED), ""]
-        if any(row["system"].startswith("trained") for row in rows) and not test.all():
-            subsets = {"test": test, "test and late": test & late}
-            lines += [f"### {name}, the {test.sum():,} questions of documents that nothing was trained on", ""]
-            lines += [*table(rows, documents, subsets), "", *differences(rows, documents, subsets, TRAINED), ""]
-    machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    return "\n".join([*lines, machine, ""])
+        rows = [row for row in results["rows"] if row["collection"] == name]
+        trained = any(row["system"].startswith("trained") for row in rows) and not test.all()
+        untrained = [row for row in rows if not (trained and row["system"].startswith("trained"))]
+        lines += [f"## {name}", "", collection["described"], ""]
+        subsets = {"all": late | True, "late": late}
+        lines += tables(
+            untrained, documents, {key: chosen for key, chosen in subsets.items() if key == "all" or not late.all()}
+        )
+        if trained:
+            lines += [f"### {name}, the {test.sum():,} queries of documents that were not trained on", ""]
+            lines += tables(rows, documents, {"all": test, "late": test & late})
+    return "\n".join(lines)
 
 
 def write_results(output: Path, results: dict) -> None:
@@ -441,39 +360,54 @@ def write_results(output: Path, results: dict) -> None:
     write_atomically(output.with_suffix(".md"), report(results).encode())
 
 
+def describe(collection: Collection, lengths: Sequence[int]) -> dict:
+    """What the results say of a collection; lists have an entry for each query."""
+    queries = collection.queries
+    late = [query.position >= LATE for query in queries]
+    described = (
+        f"{len(lengths)} documents of {int(np.median(lengths)):,} tokens (median; {max(lengths):,} the longest), "
+        f"{len(queries):,} queries; late: the {sum(late):,} whose answer stands {LATE:,} characters and more from the start."
+    )
+    numbers, is_test = [query.document for query in queries], [query.is_test for query in queries]
+    return {"described": described, "document": numbers, "late": late, "test": is_test}
+
+
 def run(args: argparse.Namespace) -> dict:
     """Measure what is not in the results yet."""
-    check_pooling(Path(args.source))
-    path = args.output.with_suffix(".json")
+    source, lsg, path = Path(args.source), args.folder / "lsg", args.output.with_suffix(".json")
+    check_pooling(source)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"collections": {}, "rows": []}
     results["machine"] = describe_machine()
-    if not (args.folder / "lsg").exists():
-        convert_checkpoint(args.source, args.folder / "lsg", max_length=WHOLE)
-    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    if not lsg.exists():
+        convert_checkpoint(source, lsg, max_length=WHOLE)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     for name in args.collections:
-        collection = COLLECTIONS[name](args.data)
+        collection, queries = COLLECTIONS[name](args.data), {}  # the queries' vectors by model
         ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in collection.documents]
         results["collections"][name] = describe(collection, [len(each) for each in ids])
-        texts, relevant = (
-            [query.text for query in collection.queries],
-            [query.document for query in collection.queries],
-        )
-        queries = {}  # by model; the conversion gives short texts the source's vectors, which it checks
         for system in systems(args):
             case = {"collection": name, "system": system.name, "dtype": args.dtype}
             if any(case.items() <= row.items() for row in results["rows"]):
                 continue
             print(*case.values(), file=sys.stderr)
-            model = load(system, args.dtype)
-            asker = System("source", Path(args.source), 256) if system.model == args.folder / "lsg" else system
-            if asker.model not in queries:
-                queries[asker.model] = encode_queries(load(asker, args.dtype), tokenizer, texts)
-            encode = partial(encode_chunks if system.chunked else encode_pass, model, tokenizer, length=system.length)
-            file = args.folder / "vectors" / f"{name} {system.name} {args.dtype}.npz"
-            made, cost = kept(file, lambda encode=encode, ids=ids: measure(encode, ids))
-            for readout, vectors in made.items():
-                ranks = rank_documents(queries[asker.model], vectors, relevant).tolist()
-                results["rows"].append({**case, "readout": readout, **cost, "ranks": ranks})
+            # The conversion has made sure that it gives short texts the source's vectors.
+            asked = System("", source, 256) if system.model == lsg else system
+            if asked.model not in queries:
+                texts = [query.text for query in collection.queries]
+                queries[asked.model] = encode_queries(load(asked, args.dtype), tokenizer, texts)
+            kept = args.folder / "vectors" / f"{name} {system.name} {args.dtype}.pt"
+            if not kept.exists():
+                content = BytesIO()
+                torch.save(measure(system, args.dtype, tokenizer, ids), content)
+                write_atomically(kept, content.getvalue())
+            made = torch.load(kept)
+            for readout, vectors in made["vectors"].items():
+                documents, relevant = (
+                    [each.numpy() for each in vectors],
+                    [query.document for query in collection.queries],
+                )
+                ranks = rank_documents(queries[asked.model], documents, relevant).tolist()
+                results["rows"].append({**case, "readout": readout, **made["cost"], "ranks": ranks})
             write_results(args.output, results)
     return results
 
@@ -482,25 +416,25 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+    folder = Path("runs/retrieval")
     parser.add_argument("data", type=Path, help="folder with qa/, summarization/ and corpus/")
     parser.add_argument("--source", required=True, help="folder with a model of sentence-transformers")
-    parser.add_argument("--output", type=Path, default="runs/retrieval/results", help=".json and .md are appended")
-    parser.add_argument("--folder", type=Path, default="runs/retrieval", help="for the conversion and the vectors")
+    parser.add_argument("--output", type=Path, default=folder / "results", help=".json and .md are appended")
+    parser.add_argument("--folder", type=Path, default=folder, help="for the conversion and the vectors")
     parser.add_argument(
         "--collections", nargs="+", choices=list(COLLECTIONS), default=list(COLLECTIONS), help="what to search"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens that the conversion reads")
-    parser.add_argument("--all", action="store_true", help="blocks of 256, and every selection at the greatest length")
+    parser.add_argument("--all", action="store_true", help="every selection, blocks of 256, every length")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
     parser.add_argument("--trained-lsg", type=Path, help="what experiments.retrieval_training made of the conversion")
     parser.add_argument("--trained-source", type=Path, help="and of the source")
     args = parser.parse_args(argv)
     try:
-        results = run(args)
+        print(report(run(args)))
     except (OSError, ValueError) as error:
         print(f"retrieval: {error}", file=sys.stderr)
         return 1
-    print(report(results))
     return 0
 
 
