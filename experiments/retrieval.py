@@ -10,6 +10,8 @@ there is kept. OUTPUT.md is made from it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gzip
 import json
 import random
@@ -25,6 +27,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -160,12 +163,13 @@ def systems(args: argparse.Namespace) -> list[System]:
         found.append(converted(long, "none", model=args.trained_lsg, name="trained LSG"))
     if args.trained_source:
         found.append(System("trained source, chunks of 128", args.trained_source, 128, chunked=True))
-    return [*{system.name: system for system in found}.values()]
+    unique = {system.name: system for system in found}.values()
+    return [system for system in unique if any(part in system.name for part in args.systems)]
 
 
 def load(system: System, dtype: str) -> PreTrainedModel:
     options = {"trust_remote_code": True, **system.fields} if system.fields else {}
-    return AutoModel.from_pretrained(system.model, torch_dtype=getattr(torch, dtype), **options).eval()
+    return AutoModel.from_pretrained(system.model, **options).to(getattr(torch, dtype)).eval()
 
 
 def split(ids: Sequence[int], length: int) -> list[list[int]]:
@@ -177,9 +181,10 @@ def states_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """The last states (tokens, hidden) of each piece of ids, in float32, [CLS] and [SEP] around it."""
-    rows = [[tokenizer.cls_token_id, *piece, tokenizer.sep_token_id] for piece in pieces]
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    states = model(**batch).last_hidden_state.float()
+    rows = [torch.tensor([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]) for piece in pieces]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    states = model(ids, attention_mask=mask).last_hidden_state.float()
     return [each[: len(row)] for each, row in zip(states, rows, strict=True)]
 
 
@@ -264,6 +269,8 @@ def measure(
     """The vectors of each document by the way they are read out, and what a document costs: CPU seconds (wall-clock time
     would count other programs) and the peak of memory beyond the weights, in MiB (None where it is not known)."""
     model, encode, vectors = load(system, dtype), encode_chunks if system.chunked else encode_pass, {}
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what the last system took
     memory = Memory("cpu")
     memory.reset_peak()
     started = time.process_time()
@@ -324,12 +331,13 @@ def tables(rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.nd
         cells = [mean_and_interval(gains[name][chosen], documents[chosen]) for chosen in subsets.values()]
         cells += [f"{100 * recall_at_1(ranks[chosen]).mean():.1f}" for chosen in subsets.values()]
         found.append([name, *cells, f"{row['seconds']:.2f}", str(row["mebibytes"])])
-    found += [[], ["nDCG@10 of", "minus that of", *subsets], ["---"] * (2 + len(subsets))]
-    for first, second in COMPARED:
-        if first in gains and second in gains:
-            values = gains[first] - gains[second]
-            cells = [mean_and_interval(values[chosen], documents[chosen], "+") for chosen in subsets.values()]
-            found.append([first, second, *cells])
+    pairs = [pair for pair in COMPARED if gains.keys() >= {*pair}]
+    if pairs:
+        found += [[], ["nDCG@10 of", "minus that of", *subsets], ["---"] * (2 + len(subsets))]
+    for first, second in pairs:
+        values = gains[first] - gains[second]
+        cells = [mean_and_interval(values[chosen], documents[chosen], "+") for chosen in subsets.values()]
+        found.append([first, second, *cells])
     return ["| " + " | ".join(cells) + " |" if cells else "" for cells in found] + [""]
 
 
@@ -425,6 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         "--collections", nargs="+", choices=list(COLLECTIONS), default=list(COLLECTIONS), help="what to search"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens that the conversion reads")
+    parser.add_argument("--systems", nargs="+", default=[""], help="only those with one of these in their name")
     parser.add_argument("--all", action="store_true", help="every selection, blocks of 256, every length")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
     parser.add_argument("--trained-lsg", type=Path, help="what experiments.retrieval_training made of the conversion")
