@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from experiments import retrieval
 from family_sources import WORDS, make_model, save, save_words
-from lsg_albert.conversion import convert_checkpoint
 
 PLAIN = [word for word in WORDS if word.isalpha()]
 
