@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -97,37 +97,21 @@ def take_paragraph(text: str, generator: random.Random) -> tuple[str, str, int] 
     return "\n\n".join(paragraphs[:taken] + paragraphs[taken + 1 :]), paragraphs[taken], int(starts[taken])
 
 
-def without_paragraphs(texts: Iterable[str]) -> Collection:
-    """Paragraphs from the last third of texts against the texts without them."""
-    generator = random.Random(0)
-    found = [taken for text in texts if (taken := take_paragraph(text, generator)) is not None]
-    return Collection([rest for rest, _, _ in found], [Query(each, i, at) for i, (_, each, at) in enumerate(found)])
-
-
-def kept_out(data: Path, name: str) -> list[str]:
-    """The texts of a corpus that are kept out of training."""
-    names = set((data / f"corpus/HELDOUT_{name}_ids.txt").read_text(encoding="utf-8").split())
-    return [row["text"] for row in read_lines(data / f"corpus/{name}.jsonl.gz") if row["id"] in names]
-
-
 def encyclopedia(data: Path) -> Collection:
-    """A paragraph from the last third of each of 100 articles of 16,000 characters and more."""
-    texts = [text for text in kept_out(data, "wikispeedia") if len(text) >= 16000]
-    return without_paragraphs(random.Random(0).sample(texts, 100))
+    """A paragraph from the last third of each of 100 articles, of 16,000 characters and more, against the articles without
+    it. The articles are among those that are kept out of training."""
+    names = {*(data / "corpus/HELDOUT_wikispeedia_ids.txt").read_text(encoding="utf-8").split()}
+    rows = [row for row in read_lines(data / "corpus/wikispeedia.jsonl.gz") if row["id"] in names]
+    generator, documents, queries = random.Random(0), [], []
+    for row in generator.sample([row for row in rows if len(row["text"]) >= 16000], 100):
+        taken = take_paragraph(row["text"], generator)
+        if taken is not None:
+            queries.append(Query(taken[1], len(documents), taken[2]))
+            documents.append(taken[0])
+    return Collection(documents, queries)
 
 
-def novels(data: Path) -> Collection:
-    """A paragraph from the last third of each of 3 excerpts, of 20,000 characters, of each of 30 novels."""
-    excerpts = []
-    for text in kept_out(data, "novels100"):
-        paragraphs = text.split("\n\n")
-        for part in range(3):
-            rest = "\n\n".join(paragraphs[len(paragraphs) * (2 * part + 1) // 7 :])
-            excerpts.append(rest[:20000].rsplit("\n\n", 1)[0])
-    return without_paragraphs(excerpts)
-
-
-COLLECTIONS = {"covid_qa": covid_qa, "qmsum": qmsum, "encyclopedia": encyclopedia, "novels": novels}
+COLLECTIONS = {"covid_qa": covid_qa, "qmsum": qmsum, "encyclopedia": encyclopedia}
 
 
 @dataclass(frozen=True)
@@ -330,7 +314,7 @@ def tables(rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.nd
         gains[name] = ndcg_at_10(ranks)
         cells = [mean_and_interval(gains[name][chosen], documents[chosen]) for chosen in subsets.values()]
         cells += [f"{100 * recall_at_1(ranks[chosen]).mean():.1f}" for chosen in subsets.values()]
-        found.append([name, *cells, f"{row['seconds']:.2f}", str(row["mebibytes"])])
+        found.append([name, *cells, f"{row['seconds']:.2f}", str(row["mebibytes"] or "")])
     pairs = [pair for pair in COMPARED if gains.keys() >= {*pair}]
     if pairs:
         found += [[], ["nDCG@10 of", "minus that of", *subsets], ["---"] * (2 + len(subsets))]

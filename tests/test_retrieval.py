@@ -32,7 +32,7 @@ def some_text(seed, words):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three papers, the last of them for testing; two meetings; 101 articles; two novels."""
+    """Three papers, the last of them for testing; two meetings; 102 articles, the last of them to train on."""
     folder = tmp_path_factory.mktemp("data")
     papers = [some_text(seed, 150 + 60 * seed) for seed in range(3)]
     rows = [
@@ -51,10 +51,9 @@ def data(tmp_path_factory):
     ]
     write(folder / "summarization/qmsum_spans/test.jsonl.gz", spans)
     article = "\n\n".join(f"{i} {some_text(i, 60)}" for i in range(60))
-    corpora = {"wikispeedia": [f"w{i}" for i in range(102)], "novels100": ["n0", "n1", "n2"]}
-    for corpus, ids in corpora.items():
-        write(folder / f"corpus/{corpus}.jsonl.gz", [{"id": name, "text": f"{name}\n\n{article}"} for name in ids])
-        (folder / f"corpus/HELDOUT_{corpus}_ids.txt").write_text("\n".join(ids[:-1]))
+    ids = [f"w{i}" for i in range(102)]
+    write(folder / "corpus/wikispeedia.jsonl.gz", [{"id": name, "text": f"{name}\n\n{article}"} for name in ids])
+    (folder / "corpus/HELDOUT_wikispeedia_ids.txt").write_text("\n".join(ids[:-1]))
     return folder
 
 
@@ -156,13 +155,12 @@ def test_collections_name_each_querys_document_and_place(data):
     assert found == [(i, at, i == 2) for i in range(3) for at in (5, 9000)] and len(covid.documents) == 3
     meetings = retrieval.qmsum(data)
     assert [(query.document, query.position) for query in meetings.queries] == [(1, len("A: two\nB: yes")), (0, 0)]
-    for name, count in (("encyclopedia", 100), ("novels", 6)):
-        collection = retrieval.COLLECTIONS[name](data)
-        assert len(collection.documents) == len(collection.queries) == count
-        for number, (document, query) in enumerate(zip(collection.documents, collection.queries, strict=True)):
-            whole = len(document) + len(query.text) + 2
-            assert query.document == number and query.text not in document and query.position >= whole * 2 / 3
-            assert not any(document.startswith(name) for name in ("w101", "n2"))  # which are to train on
+    articles = retrieval.encyclopedia(data)
+    assert len(articles.documents) == len(articles.queries) == 100
+    for number, (document, query) in enumerate(zip(articles.documents, articles.queries, strict=True)):
+        whole = len(document) + len(query.text) + 2
+        assert query.document == number and query.text not in document and query.position >= whole * 2 / 3
+        assert not document.startswith("w101")  # which is to train on
 
 
 @pytest.fixture(scope="module")
