@@ -144,7 +144,7 @@ def systems(args: argparse.Namespace) -> list[System]:
         found += [converted(long, kind) for kind in SPARSITY_TYPES] + [converted(WHOLE, "norm")]
         found += [converted(n, kind, size) for n in args.lengths for size in (128, 256) for kind in ("none", "norm")]
     if args.trained_lsg:
-        found.append(converted(long, "none", model=args.trained_lsg, name="trained LSG"))
+        found += [converted(n, "none", model=args.trained_lsg, name="trained LSG") for n in (WHOLE, long)]
     if args.trained_source:
         found.append(System("trained source, chunks of 128", args.trained_source, 128, chunked=True))
     unique = {system.name: system for system in found}.values()
@@ -276,21 +276,21 @@ def check_pooling(folder: Path) -> None:
         raise ValueError(f"--source {folder} does not pool by the mean of all tokens: take a model that does.")
 
 
-LONG, CHUNKS, TRAINED = "LSG 4,096, none: ", "source, chunks of ", "trained LSG 4,096, none: "
+LONG, WHOLLY, CHUNKS = "LSG 4,096, none: ", "LSG 16,384, none: ", "source, chunks of "
 COMPARED = [  # which of two is better, by a difference over the same queries
     (LONG + "one vector", "source, cut at 512: one vector"),
     (LONG + "one vector", CHUNKS + "512: mean of chunks"),
     (LONG + "one vector", "LSG 4,096, norm: one vector"),
     (LONG + "one vector", "full attention 4,096: one vector"),
-    ("LSG 16,384, none: one vector", CHUNKS + "128: mean of chunks"),
-    ("LSG 16,384, none: late chunking, 128", CHUNKS + "128: best chunk"),
-    ("LSG 16,384, none: late chunking, 512", CHUNKS + "512: best chunk"),
-    (TRAINED + "one vector", LONG + "one vector"),
-    (TRAINED + "one vector", CHUNKS + "128: mean of chunks"),
-    (TRAINED + "one vector", "trained " + CHUNKS + "128: mean of chunks"),
-    (TRAINED + "late chunking, 128", LONG + "late chunking, 128"),
-    (TRAINED + "late chunking, 128", CHUNKS + "128: best chunk"),
-    (TRAINED + "late chunking, 128", "trained " + CHUNKS + "128: best chunk"),
+    (WHOLLY + "one vector", CHUNKS + "512: mean of chunks"),
+    (WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
+    (WHOLLY + "late chunking, 512", CHUNKS + "512: best chunk"),
+    ("trained " + WHOLLY + "one vector", WHOLLY + "one vector"),
+    ("trained " + WHOLLY + "one vector", CHUNKS + "128: mean of chunks"),
+    ("trained " + WHOLLY + "one vector", "trained " + CHUNKS + "128: mean of chunks"),
+    ("trained " + WHOLLY + "late chunking, 128", WHOLLY + "late chunking, 128"),
+    ("trained " + WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
+    ("trained " + WHOLLY + "late chunking, 128", "trained " + CHUNKS + "128: best chunk"),
 ]
 
 
