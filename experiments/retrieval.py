@@ -144,9 +144,9 @@ def systems(args: argparse.Namespace) -> list[System]:
         found += [converted(long, kind) for kind in SPARSITY_TYPES] + [converted(WHOLE, "norm")]
         found += [converted(n, kind, size) for n in args.lengths for size in (128, 256) for kind in ("none", "norm")]
     if args.trained_lsg:
-        found += [converted(n, "none", model=args.trained_lsg, name="trained LSG") for n in (WHOLE, long)]
+        found.append(converted(WHOLE, "none", model=args.trained_lsg, name=args.trained_lsg.name))
     if args.trained_source:
-        found.append(System("trained source, chunks of 128", args.trained_source, 128, chunked=True))
+        found.append(System(f"{args.trained_source.name}, chunks of 128", args.trained_source, 128, chunked=True))
     unique = {system.name: system for system in found}.values()
     return [system for system in unique if any(part in system.name for part in args.systems)]
 
@@ -277,6 +277,7 @@ def check_pooling(folder: Path) -> None:
 
 
 LONG, WHOLLY, CHUNKS = "LSG 4,096, none: ", "LSG 16,384, none: ", "source, chunks of "
+TRAINED = "trained-lsg 16,384, none: "
 COMPARED = [  # which of two is better, by a difference over the same queries
     (LONG + "one vector", "source, cut at 512: one vector"),
     (LONG + "one vector", CHUNKS + "512: mean of chunks"),
@@ -285,12 +286,12 @@ COMPARED = [  # which of two is better, by a difference over the same queries
     (WHOLLY + "one vector", CHUNKS + "512: mean of chunks"),
     (WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
     (WHOLLY + "late chunking, 512", CHUNKS + "512: best chunk"),
-    ("trained " + WHOLLY + "one vector", WHOLLY + "one vector"),
-    ("trained " + WHOLLY + "one vector", CHUNKS + "128: mean of chunks"),
-    ("trained " + WHOLLY + "one vector", "trained " + CHUNKS + "128: mean of chunks"),
-    ("trained " + WHOLLY + "late chunking, 128", WHOLLY + "late chunking, 128"),
-    ("trained " + WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
-    ("trained " + WHOLLY + "late chunking, 128", "trained " + CHUNKS + "128: best chunk"),
+    (TRAINED + "one vector", WHOLLY + "one vector"),
+    (TRAINED + "one vector", CHUNKS + "128: mean of chunks"),
+    (TRAINED + "one vector", "trained-" + CHUNKS + "128: mean of chunks"),
+    (TRAINED + "late chunking, 128", WHOLLY + "late chunking, 128"),
+    (TRAINED + "late chunking, 128", CHUNKS + "128: best chunk"),
+    (TRAINED + "late chunking, 128", "trained-" + CHUNKS + "128: best chunk"),
 ]
 
 
@@ -420,8 +421,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--systems", nargs="+", default=[""], help="only those with one of these in their name")
     parser.add_argument("--all", action="store_true", help="every selection, blocks of 256, every length")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
-    parser.add_argument("--trained-lsg", type=Path, help="what experiments.retrieval_training made of the conversion")
-    parser.add_argument("--trained-source", type=Path, help="and of the source")
+    parser.add_argument(
+        "--trained-lsg",
+        type=Path,
+        help="folder trained-... that experiments.retrieval_training made of the conversion",
+    )
+    parser.add_argument("--trained-source", type=Path, help="folder trained-... that it made of the source")
     args = parser.parse_args(argv)
     try:
         print(report(run(args)))

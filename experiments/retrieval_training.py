@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=8, help="of each document in a batch")
     parser.add_argument("--batch-size", type=int, default=4, help="documents")
     parser.add_argument("--max-steps", type=int, default=-1, help="end here, whatever the epochs; -1 for no such end")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the highest, after a tenth of the steps")
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="the highest, after a tenth of the steps")
     parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     args = parser.parse_args(argv)

@@ -266,14 +266,16 @@ def test_a_trained_model_is_ranked_beside_the_others(training, command, source, 
     options = ["--length", "300", "--batch-size", "2", "--epochs", "1", "--questions", "2", "--learning-rate", "0.01"]
     made = {"lsg": [str(folder / "work/lsg")], "source": [str(source), "--chunked"]}
     for name, model in made.items():
-        assert training.main([str(data), "--model", *model, "--output", str(tmp_path / name), *options]) == 0
-        history = json.loads((tmp_path / name / "training.json").read_text())["history"]
+        assert (
+            training.main([str(data), "--model", *model, "--output", str(tmp_path / f"trained-{name}"), *options]) == 0
+        )
+        history = json.loads((tmp_path / f"trained-{name}" / "training.json").read_text())["history"]
         assert math.isfinite(history[0]["loss"])
     rows = training.training_rows(data, epochs=2, questions=3)
     assert len(rows) == 4 and {row["document"] for row in rows} == set(retrieval.covid_qa(data).documents[:2])
-    trained = ["--trained-lsg", str(tmp_path / "lsg"), "--trained-source", str(tmp_path / "source")]
+    trained = ["--trained-lsg", str(tmp_path / "trained-lsg"), "--trained-source", str(tmp_path / "trained-source")]
     assert retrieval.main([*arguments, *trained]) == 0
-    assert ("trained source, chunks of 128", "best chunk") in read(folder)
+    assert ("trained-source, chunks of 128", "best chunk") in read(folder)
     assert "the 2 queries of documents that were not trained on" in (folder / "results.md").read_text()
 
 
