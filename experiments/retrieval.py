@@ -238,9 +238,12 @@ def recall_at_1(ranks: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of queries' values. Documents are resampled, with all their queries."""
+    """The 95 % bootstrap interval of the mean of queries' values. Documents are resampled, with all their queries;
+    of a single one there is none."""
     groups = np.unique(documents, return_inverse=True)[1]
     data = np.bincount(groups, values), np.bincount(groups)
+    if len(data[0]) < 2:
+        return float("nan"), float("nan")
     options = {"paired": True, "method": "percentile", "n_resamples": 2000, "rng": 0}
     found = bootstrap(data, lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis), **options)
     return found.confidence_interval.low, found.confidence_interval.high

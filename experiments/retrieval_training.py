@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from experiments.retrieval import covid_qa, encode_chunks, encode_pass
+from experiments.retrieval import PASSAGES, covid_qa, encode_chunks, encode_pass
 from pretraining.training_support import describe_machine, write_atomically
 
 SCALE = 20.0  # of cosines, that of sentence-transformers' MultipleNegativesRankingLoss
@@ -82,6 +82,15 @@ def best_scores(asked: Tensor, documents: list[Tensor]) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train, and write the model with `training.json` beside it.
+
+    Raises:
+        ValueError: documents are too short for late chunking.
+    """
+    if args.length <= max(PASSAGES):
+        raise ValueError(
+            f"--length {args.length} is too short for passages of up to {max(PASSAGES)} tokens: give more."
+        )
     model = SentenceTransformer(
         args.model, trust_remote_code=not args.chunked, device="cpu", config_kwargs=json.loads(args.config)
     )
@@ -94,7 +103,11 @@ def train(args: argparse.Namespace) -> None:
     rows = Dataset.from_list(training_rows(args.data, args.epochs, args.questions))
     started = time.process_time()
     trainer = SentenceTransformerTrainer(model, options, train_dataset=rows, loss=PassageLoss(model, args.chunked))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     trainer.train()
+    with torch.no_grad():  # the mean of both often generalizes better (Wortsman et al., 2022, arXiv 2109.01903)
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            parameter.lerp_(old, args.keep)
     model.max_seq_length = usual
     model.save(str(args.output))
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -120,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=8, help="of each document in a batch")
     parser.add_argument("--batch-size", type=int, default=4, help="documents")
     parser.add_argument("--max-steps", type=int, default=-1, help="end here, whatever the epochs; -1 for no such end")
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="the highest, after a tenth of the steps")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the highest, after a tenth of the steps")
+    parser.add_argument(
+        "--keep", type=float, default=0.0, help="share of the weights before training in those after it"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     args = parser.parse_args(argv)

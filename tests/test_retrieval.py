@@ -236,6 +236,7 @@ def training():
 @pytest.mark.parametrize("chunked", [False, True])
 def test_the_loss_is_that_of_the_definition(training, source, loaded, chunked):
     model = training.SentenceTransformer(str(source), device="cpu").eval()
+    model.max_seq_length = 600
     loss = training.PassageLoss(model, chunked)
     texts = [some_text(seed, words) for seed, words in ((1, 180), (2, 130), (3, 150))]
     asked = [some_text(4, 6), some_text(5, 9)]
@@ -245,14 +246,13 @@ def test_the_loss_is_that_of_the_definition(training, source, loaded, chunked):
 
     loss(batch(texts[1:]))  # whose documents are remembered
     found = loss(batch(texts[:2]))
-    encode, length = (retrieval.encode_chunks, 128) if chunked else (retrieval.encode_pass, 256)
+    encode, length = (retrieval.encode_chunks, 128) if chunked else (retrieval.encode_pass, 600)
     expected = []
     for name in loss.names:
         rows = []
         for text in texts:
-            ids = loaded[1](text, add_special_tokens=False)["input_ids"][:254]
-            made = {"late chunking, 128": retrieval.passage_vectors(retrieval.states_of(*loaded, [ids])[0], 128)}
-            made |= encode(*loaded, ids, length)
+            ids = loaded[1](text, add_special_tokens=False)["input_ids"]
+            made = encode(*loaded, ids, length)
             rows.append(made[name])
         for number, text in enumerate(asked):
             query = embed_alone(loaded, loaded[1](text, add_special_tokens=False)["input_ids"]).float()
@@ -263,7 +263,7 @@ def test_the_loss_is_that_of_the_definition(training, source, loaded, chunked):
 
 def test_a_trained_model_is_ranked_beside_the_others(training, command, source, data, tmp_path):
     arguments, folder = command
-    options = ["--length", "300", "--batch-size", "2", "--epochs", "1", "--questions", "2", "--learning-rate", "0.01"]
+    options = ["--length", "600", "--batch-size", "2", "--epochs", "1", "--questions", "2", "--learning-rate", "0.01"]
     made = {"lsg": [str(folder / "work/lsg")], "source": [str(source), "--chunked"]}
     for name, model in made.items():
         assert (
@@ -271,12 +271,37 @@ def test_a_trained_model_is_ranked_beside_the_others(training, command, source, 
         )
         history = json.loads((tmp_path / f"trained-{name}" / "training.json").read_text())["history"]
         assert math.isfinite(history[0]["loss"])
+    assert training.main([str(data), "--model", "-", "--output", str(tmp_path / "no"), "--length", "512"]) == 1
     rows = training.training_rows(data, epochs=2, questions=3)
     assert len(rows) == 4 and {row["document"] for row in rows} == set(retrieval.covid_qa(data).documents[:2])
     trained = ["--trained-lsg", str(tmp_path / "trained-lsg"), "--trained-source", str(tmp_path / "trained-source")]
     assert retrieval.main([*arguments, *trained]) == 0
     assert ("trained-source, chunks of 128", "best chunk") in read(folder)
     assert "the 2 queries of documents that were not trained on" in (folder / "results.md").read_text()
+
+
+def test_weights_from_before_are_kept_as_told(training, source, loaded, data, tmp_path):
+    options = [
+        "--chunked",
+        "--batch-size",
+        "2",
+        "--length",
+        "600",
+        "--learning-rate",
+        "0.01",
+        "--questions",
+        "1",
+        "--epochs",
+        "2",
+    ]
+    for keep in ("0", "1"):
+        folder = tmp_path / keep
+        assert (
+            training.main([str(data), "--model", str(source), "--output", str(folder), *options, "--keep", keep]) == 0
+        )
+        weights = AutoModel.from_pretrained(folder).state_dict()
+        same = [torch.equal(value, weights[name]) for name, value in loaded[0].state_dict().items()]
+        assert all(same) == (keep == "1")
 
 
 def test_every_option_has_a_help_text(training, monkeypatch):
