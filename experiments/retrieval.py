@@ -280,7 +280,6 @@ def check_pooling(folder: Path) -> None:
 
 
 LONG, WHOLLY, CHUNKS = "LSG 4,096, none: ", "LSG 16,384, none: ", "source, chunks of "
-TRAINED = "trained-lsg 16,384, none: "
 COMPARED = [  # which of two is better, by a difference over the same queries
     (LONG + "one vector", "source, cut at 512: one vector"),
     (LONG + "one vector", CHUNKS + "512: mean of chunks"),
@@ -289,12 +288,16 @@ COMPARED = [  # which of two is better, by a difference over the same queries
     (WHOLLY + "one vector", CHUNKS + "512: mean of chunks"),
     (WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
     (WHOLLY + "late chunking, 512", CHUNKS + "512: best chunk"),
-    (TRAINED + "one vector", WHOLLY + "one vector"),
-    (TRAINED + "one vector", CHUNKS + "128: mean of chunks"),
-    (TRAINED + "one vector", "trained-" + CHUNKS + "128: mean of chunks"),
-    (TRAINED + "late chunking, 128", WHOLLY + "late chunking, 128"),
-    (TRAINED + "late chunking, 128", CHUNKS + "128: best chunk"),
-    (TRAINED + "late chunking, 128", "trained-" + CHUNKS + "128: best chunk"),
+    *[
+        pair
+        for lsg, source in [("trained-lsg", "trained-source"), ("trained-lsg-half", "trained-source-half")]
+        for pair in [
+            (lsg + " 16,384, none: one vector", WHOLLY + "one vector"),
+            (lsg + " 16,384, none: one vector", source + ", chunks of 128: mean of chunks"),
+            (lsg + " 16,384, none: late chunking, 128", WHOLLY + "late chunking, 128"),
+            (lsg + " 16,384, none: late chunking, 128", source + ", chunks of 128: best chunk"),
+        ]
+    ],
 ]
 
 
