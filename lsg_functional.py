@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lsg_chunks import ChunkedAttention, can_chunk
+from .lsg_cpu import ChunkedAttention, can_chunk
 from .lsg_flex import flex_attention_of_blocks
 from .lsg_gather import KeyParts, key_windows
 from .lsg_padding import BlockList, list_blocks

@@ -46,7 +46,7 @@ class BlockList:
         """For each block, the index of the first block of its row, (N,)."""
         if self.kept is None:
             return self.row * (self.row_length // self.block_size)
-        return torch.searchsorted(self.row, self.row)
+        return torch.searchsorted(self.row, self.row)  # `row` is sorted, so this is where each value begins
 
     def segments(self, x: Tensor, dim: int) -> Tensor:
         """Split the dimension of text tokens into Z segments of I tokens, each of one row.
@@ -109,9 +109,9 @@ def list_blocks(visible: Tensor, block_size: int, padding: str = "keep") -> Bloc
     sizes = num_rows, length, block_size
     if padding == "keep":
         return BlockList(row, visible.flatten(), *sizes)
-    last = (visible * torch.arange(1, length + 1, device=visible.device)).amax(1)
-    place = (block - row * blocks_per_row) * block_size
-    is_padding = (place >= last[row]) & (place > 0)
+    text_end = (visible * torch.arange(1, length + 1, device=visible.device)).amax(1)  # (B,), behind the last token
+    block_start = (block - row * blocks_per_row) * block_size
+    is_padding = (block_start >= text_end[row]) & (block_start > 0)
     if padding == "blank":
         return BlockList(row, visible.flatten(), *sizes, blank=is_padding)
     if not is_padding.any():

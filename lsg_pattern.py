@@ -95,15 +95,15 @@ class LSGPattern:
     @classmethod
     def from_config(cls, config: Any) -> "LSGPattern":
         """The pattern of a model with this `LSGAlbertConfig`."""
+        sizes = {"num_global_tokens": config.num_global_tokens, "block_size": config.block_size}
         if not config.is_sparse:
-            return cls(config.num_global_tokens, config.block_size)
+            return cls(**sizes)
         return cls(
-            config.num_global_tokens,
-            config.block_size,
-            config.sparsity_type,
-            config.sparse_block_size,
-            config.sparsity_factor,
-            config.lsh_num_pre_rounds,
+            **sizes,
+            sparsity_type=config.sparsity_type,
+            sparse_block_size=config.sparse_block_size,
+            sparsity_factor=config.sparsity_factor,
+            lsh_num_pre_rounds=config.lsh_num_pre_rounds,
         )
 
     @property

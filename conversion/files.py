@@ -11,6 +11,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,6 +30,17 @@ TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 MODULES = "modules.json"  # of sentence-transformers: the list of the encoder and the modules after it
 MODULE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
+ROUTES = "router_config.json"  # of a module that holds others
+ENCODERS = ("Transformer", "MLMTransformer")  # the latter of sparse encoders before release 5.4
+NO_ENCODERS = {  # that may be the first module, and what they are
+    "CLIPModel": ", which reads images too",
+    "WordEmbeddings": ", a table of words",
+    "StaticEmbedding": ", a table of tokens",
+    "BoW": ", which counts words",
+    "Router": ", which holds several models: convert each from its own folder",
+    "Asym": ", which holds several models: convert each from its own folder",
+}
+ADAPTER = "adapter_config.json"  # of PEFT
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
 
@@ -49,16 +61,19 @@ def fetch_source(source: str, revision: str | None = None, token: str | None = N
         return Path(source)
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ConversionError(f"{source} is neither a directory nor the name of a repository on the Hub.")
-    wanted = ["config.json", "README.md", *TOKENIZER_FILES, MODULES, *MODULE_SETTINGS]
-    options = {"revision": revision, "token": token, "ignore_patterns": "*/*"}  # no subfolders
+    wanted = ["config.json", ADAPTER, *TOKENIZER_FILES, MODULE_SETTINGS[1]]
+    options = {"revision": revision, "token": token}
     try:
+        folder = Path(snapshot_download(source, allow_patterns=["README.md", MODULES, MODULE_SETTINGS[0]], **options))
+        encoder, modules = encoder_folder(folder), module_folders(folder)
+        place = f"{encoder.name}/" if encoder != folder else ""
         for weights in (["model*.safetensors", SAFETENSORS_INDEX], ["pytorch_model*.bin", PICKLE_INDEX]):
-            folder = Path(snapshot_download(source, allow_patterns=wanted + weights, **options))
-            if any(folder.glob(weights[0])):
+            patterns = [place + name for name in wanted + weights]
+            snapshot_download(source, allow_patterns=patterns, ignore_patterns=f"{place}*/*", **options)
+            if any(encoder.glob(weights[0])):
                 break
-        modules = [f"{module}/*" for module in module_folders(folder)]
         if modules:
-            snapshot_download(source, allow_patterns=modules, revision=revision, token=token)
+            snapshot_download(source, allow_patterns=[f"{module}/*" for module in modules], **options)
     except ConversionError:
         raise
     except Exception as error:  # network errors: each release of huggingface_hub has its own
@@ -260,52 +275,95 @@ def copy_tokenizer(
     return tokenizer_class
 
 
-def module_folders(source: Path) -> list[str]:
-    """The folders of the modules after the encoder in a sentence-transformers model; none for other models.
+def read_modules(source: Path) -> list[dict[str, Any]]:
+    """The modules of a model of sentence-transformers, the encoder first; none for others.
 
     Raises:
-        ConversionError: modules.json is damaged, or names a folder outside the model.
+        ConversionError: modules.json is damaged, or names a place outside of the model or what does not convert.
     """
     path = source / MODULES
     if not path.is_file():
         return []
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
-        folders = [str(module["path"]) for module in modules]
+        if not modules or not all(isinstance(module[name], str) for module in modules for name in ("path", "type")):
+            raise TypeError
     except (ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"{path} is damaged: it is not a list of modules with a `path`.") from error
-    outside = [folder for folder in folders[1:] if not re.fullmatch(r"[\w-][\w.-]*|", folder)]
-    if outside or folders[:1] != [""]:
-        reason = (
-            f"{outside[0]!r} is not a folder in it" if outside else "the encoder must come first, with an empty `path`"
-        )
+        raise ConversionError(f"{path} is damaged: it is no list of modules with a `path` and a `type`.") from error
+    reason = why_not_carried(source, modules)
+    if reason is not None:
         raise ConversionError(f"{path} cannot be converted: {reason}.")
-    return [folder for folder in folders[1:] if folder]
+    return modules
 
 
-def copy_modules(source: Path, target: Path, max_length: int) -> list[str]:
-    """Copy all parts of a sentence-transformers model but its encoder, and set its maximum length.
+def why_not_carried(source: Path, modules: list[dict[str, Any]]) -> str | None:
+    """Why a list of modules cannot be converted; None if it can."""
+    outside = [module["path"] for module in modules if not re.fullmatch(r"[\w-][\w.-]*|", module["path"])]
+    if outside:
+        return f"{outside[0]!r} is no folder in it"
+    types = [module["type"] for module in modules]
+    for path in (source / module["path"] / ROUTES for module in modules):
+        types += read_json(path).get("types", {}).values() if path.is_file() else []
+    own = [name for name in types if not name.startswith("sentence_transformers.")]
+    if own:
+        return f"the code of {own[0]} would not travel along. Without {MODULES} the encoder converts by itself"
+    first = types[0].rpartition(".")[2]
+    if first not in ENCODERS:
+        return f"it begins with {first}{NO_ENCODERS.get(first, '')}, and what converts begins with a Transformer"
+    return None
+
+
+def encoder_folder(source: Path) -> Path:
+    """Where the encoder is: the directory itself, or a folder in it, as in the first models of sentence-transformers.
+
+    Raises:
+        ConversionError: modules.json is not right, or there is an adapter in place of a model.
+    """
+    modules = read_modules(source)
+    folder = source / modules[0]["path"] if modules else source
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise ConversionError(
+            f"{folder} has an adapter of PEFT for {base}, and transformers would load that. Load it with peft's "
+            "AutoPeftModel, `merge_and_unload()` it, save what that returns, and convert this."
+        )
+    return folder
+
+
+def module_folders(source: Path) -> list[str]:
+    """The folders of the modules behind the encoder that have one; none but for sentence-transformers."""
+    return [module["path"] for module in read_modules(source)[1:] if module["path"]]
+
+
+def copy_modules(source: Path, target: Path, max_length: int) -> None:
+    """Copy what a model of sentence-transformers has beside its encoder, but for the longest text that it reads.
 
     Args:
-        source, target: directories.
+        source, target: directories; the encoder lies in the target itself.
         max_length: tokens of the longest text.
-
-    Returns:
-        The folders of the modules after the encoder; none if the source is not such a model.
     """
-    folders = module_folders(source)
-    if not (source / MODULES).is_file():
-        return []
-    shutil.copyfile(source / MODULES, target / MODULES)
-    for folder in folders:
+    modules = read_modules(source)
+    if not modules:
+        return
+    text = json.dumps([modules[0] | {"path": ""}, *modules[1:]], indent=2)
+    (target / MODULES).write_text(text + "\n", encoding="utf-8")
+    for folder in module_folders(source):
         if (source / folder).is_dir():  # a module without settings, such as the normalization, may have none
             shutil.copytree(source / folder, target / folder)
-    for path in (path for pattern in MODULE_SETTINGS for path in source.glob(pattern)):
-        settings = read_json(path)
-        write_json(
-            target / path.name, settings | {"max_seq_length": max_length} if "max_seq_length" in settings else settings
-        )
-    return folders
+    for folder in {source, encoder_folder(source)}:
+        for path in (path for pattern in MODULE_SETTINGS for path in folder.glob(pattern)):
+            write_json(target / path.name, with_length(read_json(path), max_length))
+
+
+def with_length(settings: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """Settings of sentence-transformers with another longest text, on whatever level they name one."""
+    changed = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            changed[name] = with_length(value, max_length)
+        elif isinstance(value, int) and name in ("max_seq_length", "model_max_length", "max_length"):
+            changed[name] = max_length
+    return changed
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .files import write_json
+from .files import MODULE_SETTINGS, read_json, write_json
 from .verify import LOSSLESS, Comparison
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -115,6 +115,8 @@ def model_card(report: Report, source_folder: Path) -> str:
         "name": path.resolve().name if path.is_dir() else report.source,
         "auto_class": report.architecture.replace("LSGAlbert", "Auto").replace("AutoFor", "AutoModelFor"),
     }
+    settings = source_folder / MODULE_SETTINGS[0]
+    facts["loader"] = (read_json(settings) if settings.is_file() else {}).get("model_type", "SentenceTransformer")
     return str(ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **dataclasses.asdict(report)))
 
 

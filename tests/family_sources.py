@@ -92,6 +92,38 @@ def save_pieces(folder: Path, **settings) -> None:
 PIECES = 80
 
 
+def make_embedder(folder: Path, *behind: str, **settings) -> Path:
+    """A BERT with the mean of its states and other modules behind it, as sentence-transformers saved them for years."""
+    save(make_model("bert", "Model"), folder)
+    save_words(folder, tokenizer_class="BertTokenizer", model_max_length=512)
+    names = ["Transformer", "Pooling", *behind]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": false}')
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+def use_first_layout(folder: Path) -> Path:
+    """Move an embedder's encoder into a folder of its own, where sentence-transformers had it first."""
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    encoder = folder / "0_Transformer"
+    encoder.mkdir()
+    stay = ("modules.json", "config_sentence_transformers.json", "README.md")
+    for path in [path for path in folder.iterdir() if path.is_file() and path.name not in stay]:
+        path.rename(encoder / path.name)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config.json").write_text('{"__version__": "0.4.1"}')  # which says nothing about the encoder
+    return folder
+
+
 def save(model: PreTrainedModel, folder: Path) -> Path:
     """Save it with transformers."""
     model.save_pretrained(folder)

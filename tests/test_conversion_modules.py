@@ -8,41 +8,24 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from family_sources import make_model, save, save_words
+from albert_sources import fingerprint
+from family_sources import make_embedder, use_first_layout
 from lsg_albert.conversion import ConversionError, convert_checkpoint
 from lsg_albert.conversion import files as files_module
 
 SHORT = {"max_length": 64, "block_size": 16}
-TYPES = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
 TEXTS = ["the river flows", "ships go up and down on the river, from the mountains into the sea."]
-LONG = "towns lie on both sides. " * 9
 
 
 @pytest.fixture
 def embedder(tmp_path):
-    """A BERT with mean pooling, a dense layer and normalization, as sentence-transformers saved it for years."""
-    source = save(make_model("bert", "Model"), tmp_path / "source")
-    save_words(source, tokenizer_class="BertTokenizer", model_max_length=512)
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (path, name) in enumerate(TYPES.items())
-    ]
-    (source / "modules.json").write_text(json.dumps(modules))
-    (source / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": false}')
-    (source / "config_sentence_transformers.json").write_text('{"prompts": {"query": "go: "}}')
-    (source / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    dense = {
-        "in_features": 32,
-        "out_features": 8,
-        "bias": True,
-        "activation_function": "torch.nn.modules.activation.Tanh",
-    }
+    """With a dense layer and normalization."""
+    source = make_embedder(tmp_path / "source", "Dense", "Normalize", prompts={"query": "go: "})
     (source / "2_Dense").mkdir()
-    (source / "2_Dense" / "config.json").write_text(json.dumps(dense))
-    weights = {"linear.weight": torch.randn(8, 32), "linear.bias": torch.randn(8)}
-    torch.save(weights, source / "2_Dense" / "pytorch_model.bin")
+    (source / "2_Dense" / "config.json").write_text('{"in_features": 32, "out_features": 8, "bias": true}')
+    torch.save(
+        {"linear.weight": torch.randn(8, 32), "linear.bias": torch.randn(8)}, source / "2_Dense/pytorch_model.bin"
+    )
     return source
 
 
@@ -57,7 +40,7 @@ def test_modules_travel_along_and_texts_may_be_as_long_as_the_target_allows(embe
         "max_seq_length": 64, "do_lower_case": False,
     }  # fmt: skip
     card = (target / "README.md").read_text()
-    assert "library_name: sentence-transformers" in card and "SentenceTransformer(" in card
+    assert "library_name: sentence-transformers" in card and " = SentenceTransformer(" in card
 
 
 def test_the_first_token_is_masked_unless_told_otherwise(embedder, tmp_path):
@@ -72,58 +55,100 @@ def test_others_have_no_modules(masked_lm, target):
     assert report.modules == [] and not report.lsg_parameters["mask_first_token"]
 
 
+TRANSFORMER, KIND = '{"path": "", "type": "sentence_transformers.models.Transformer"}', "sentence_transformers.models"
+
+
 @pytest.mark.parametrize(
     ("modules", "reason"),
     [
-        ("{", "is not a list of modules"),
-        ("[5]", "is not a list of modules"),
-        ('[{"path": ""}, {"path": "../outside"}]', "'../outside' is not a folder in it"),
-        ('[{"path": ""}, {"path": ".."}]', "'..' is not a folder in it"),
-        ('[{"path": ""}, {"path": "/etc"}]', "'/etc' is not a folder in it"),
-        ('[{"path": "0_Transformer"}]', "the encoder must come first"),
-        ("[]", "the encoder must come first"),
+        ("{", "is damaged: it is no list of modules"),
+        ("[5]", "is damaged: it is no list of modules"),
+        ("[]", "is damaged: it is no list of modules"),
+        ('[{"path": ""}]', "is damaged: it is no list of modules with a `path` and a `type`"),
+        (f'[{TRANSFORMER}, {{"path": "../outside", "type": "x"}}]', "'../outside' is no folder in it"),
+        (f'[{TRANSFORMER}, {{"path": "..", "type": "x"}}]', "'..' is no folder in it"),
+        (f'[{TRANSFORMER}, {{"path": "/etc", "type": "x"}}]', "'/etc' is no folder in it"),
+        (f'[{TRANSFORMER}, {{"path": "1_Own", "type": "own.Module"}}]', "the code of own.Module would not travel along"),
+        ('[{"path": "", "type": "modeling_own.Transformer"}]', "the code of modeling_own.Transformer .*by itself"),
+        (f'[{{"path": "", "type": "{KIND}.CLIPModel"}}]', "begins with CLIPModel, which reads images too"),
+        (f'[{{"path": "0_WordEmbeddings", "type": "{KIND}.WordEmbeddings"}}]', "WordEmbeddings, a table of words"),
+        (f'[{{"path": "", "type": "{KIND}.StaticEmbedding"}}]', "StaticEmbedding, a table of tokens"),
+        (f'[{{"path": "0_BoW", "type": "{KIND}.BoW"}}]', "BoW, which counts words, .*begins with a Transformer"),
+        (f'[{{"path": "", "type": "{KIND}.Router"}}]', "Router, which holds several models: convert each"),
+        (f'[{{"path": "", "type": "{KIND}.Asym"}}]', "Asym, which holds several models: convert each"),
+        (f'[{{"path": "", "type": "{KIND}.New"}}]', "begins with New, and what converts begins with a Transformer"),
     ],
-)
+)  # fmt: skip
 def test_modules_that_are_not_right_are_named(embedder, target, modules, reason):
     (embedder / "modules.json").write_text(modules)
-    with pytest.raises(ConversionError, match=f"modules.json .*{reason}"):
-        files_module.module_folders(embedder)
-    with pytest.raises(ConversionError, match=reason):
+    with pytest.raises(ConversionError, match=f"modules.json .*{reason}") as raised:
         convert_checkpoint(embedder, target, **SHORT)
-    assert not target.exists()
+    assert "\n" not in str(raised.value) and not target.exists()
 
 
-def test_short_texts_have_the_sources_embeddings_and_long_ones_are_read_whole(embedder, target):
-    library = pytest.importorskip("sentence_transformers")
-    convert_checkpoint(embedder, target, **SHORT)
-    source = library.SentenceTransformer(str(embedder), device="cpu")
-    result = library.SentenceTransformer(str(target), device="cpu", trust_remote_code=True)
-    for options in ({}, {"prompt_name": "query"}):
-        expected, found = (model.encode(TEXTS, **options) for model in (source, result))
-        assert found.shape == (2, 8) and abs(found - expected).max() < 1e-5
-    assert result.max_seq_length == 64
-    alone = result.encode([LONG])[0]
-    assert abs(alone - result.encode([LONG.rsplit("towns", 1)[0]])[0]).max() > 1e-4  # its end is read, too
-    assert abs(alone - result.encode([LONG, *TEXTS])[0]).max() < 1e-5
+def test_code_inside_a_router_is_named(embedder, target):
+    modules = json.loads((embedder / "modules.json").read_text())
+    modules[2]["type"] = f"{KIND}.Router"
+    (embedder / "modules.json").write_text(json.dumps(modules))
+    types = {"query_0_Dense": f"{KIND}.Dense", "document_0_Own": "own.Module"}
+    (embedder / "2_Dense" / "router_config.json").write_text(json.dumps({"types": types}))
+    with pytest.raises(ConversionError, match="the code of own.Module would not travel along"):
+        convert_checkpoint(embedder, target, **SHORT)
 
 
-def test_modules_are_fetched_from_the_hub_with_their_weights(embedder, tmp_path, monkeypatch):
-    (embedder / "onnx").mkdir()
-    (embedder / "onnx" / "model.onnx").write_bytes(b"large")
+@pytest.mark.parametrize("layout", ["of transformers", "of sentence-transformers", "first"])
+def test_an_adapter_is_no_model(embedder, target, layout):
+    folder = use_first_layout(embedder) / "0_Transformer" if layout == "first" else embedder
+    if layout == "of transformers":
+        (embedder / "modules.json").unlink()
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "peft_type": "LORA"}')
+    with pytest.raises(ConversionError, match="an adapter of PEFT for someone/base, .*`merge_and_unload") as raised:
+        convert_checkpoint(embedder, target, **SHORT)
+    assert "\n" not in str(raised.value) and not target.exists()
+
+
+def test_the_encoder_of_the_first_layout_moves_into_the_root(embedder, tmp_path):
+    new = convert_checkpoint(embedder, tmp_path / "new", **SHORT)
+    old = convert_checkpoint(use_first_layout(embedder), tmp_path / "old", **SHORT)
+    assert old.lsg_parameters == new.lsg_parameters and old.modules == new.modules
+    assert fingerprint(tmp_path / "old") == fingerprint(tmp_path / "new")
+
+
+def test_lengths_are_set_wherever_they_stand(embedder, target):
+    settings = {
+        "max_seq_length": 32, "do_lower_case": True, "tokenizer_args": {"model_max_length": 32, "padding_side": "right"},
+        "processing_kwargs": {"text": {"max_length": 32, "padding": "max_length"}, "common": {"max_length": None}},
+    }  # fmt: skip
+    (embedder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(embedder, target, **SHORT, verify=False)
+    assert json.loads((target / "sentence_bert_config.json").read_text()) == {
+        "max_seq_length": 64, "do_lower_case": True, "tokenizer_args": {"model_max_length": 64, "padding_side": "right"},
+        "processing_kwargs": {"text": {"max_length": 64, "padding": "max_length"}, "common": {"max_length": None}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", ["", "0_Transformer/"])
+def test_modules_are_fetched_from_the_hub_with_their_weights(embedder, tmp_path, monkeypatch, encoder):
+    source = use_first_layout(embedder) if encoder else embedder
+    (source / encoder / "onnx").mkdir()
+    (source / encoder / "onnx" / "model.onnx").write_bytes(b"large")
+    (source / encoder / "pytorch_model.bin").write_bytes(b"the same once more")
 
     def download(repository, allow_patterns, ignore_patterns=None, **options):
         assert repository == "someone/embedder" and options == {"revision": "v1", "token": None}
-        names = [str(path.relative_to(embedder)) for path in embedder.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(embedder / name, tmp_path / "cache" / name)
+            shutil.copyfile(source / name, tmp_path / "cache" / name)
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(files_module, "snapshot_download", download)
     folder = files_module.fetch_source("someone/embedder", "v1")
+    own = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "sentence_bert_config.json")
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "modules.json",
-        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+        *(encoder + name for name in own), "modules.json", "config_sentence_transformers.json", "1_Pooling/config.json",
         "2_Dense/config.json", "2_Dense/pytorch_model.bin",
     }  # fmt: skip
 

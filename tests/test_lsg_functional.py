@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lsg_albert
-from lsg_albert import lsg_chunks
+from lsg_albert import lsg_cpu
 from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_functional import lsg_attention, lsg_attention_map
 from lsg_albert.lsg_pattern import LSGPattern
@@ -68,7 +68,7 @@ def from_oracle(pattern, query, key, value, visible):
 @pytest.fixture(params=[1, 2**22], ids=["one_block_chunks", "one_chunk"])
 def chunk_bytes(request, monkeypatch):
     """How the blocks are gone through on the CPU: one by one, or all of the small ones here at once."""
-    monkeypatch.setattr(lsg_chunks, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(lsg_cpu, "CHUNK_BYTES", request.param)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

