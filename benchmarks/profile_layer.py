@@ -195,7 +195,7 @@ def report(seconds: dict[Key, float], plain: float) -> str:
     """The tables of parts, and of functions and operators. `plain` is the seconds of an uninstrumented call."""
     total = sum(seconds.values())
     parts = [[*key, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for key, value in summed(seconds, slice(0, 1))]
-    parts += [["all operators", f"{total * 1e3:.1f}", ""], ["the layer, not instrumented", f"{plain * 1e3:.1f}", ""]]
+    parts += [["all operators", f"{total * 1e3:.1f}", ""], ["the layer, not watched", f"{plain * 1e3:.1f}", ""]]
     operators = [
         [*key, f"{value * 1e3:.1f}", f"{value / total:.0%}"] for key, value in summed(seconds, slice(0, 3))[:ROWS]
     ]

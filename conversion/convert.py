@@ -113,20 +113,20 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def read_encoder(folder: Path) -> Source:
-    """The checkpoint in a directory; that of an embedder may lie in a folder there.
+    """The checkpoint in a directory, or in a folder of it for some sentence-transformers models.
 
     Raises:
-        ConversionError: it is not right.
+        ConversionError: the checkpoint is wrong.
     """
     source = read_source(encoder_folder(folder))
     if source.folder == folder:
         return source
-    # The plan knows embedders by the modules.json beside their config.json.
+    # The plan recognizes such models by the modules.json beside their config.json, which is missing here.
     return replace(source, config={"mask_first_token": True, **source.config})
 
 
 def write_surroundings(plan: Plan, model: Path, folder: Path) -> None:
-    """Write what the target has beside its weights: configuration, code, tokenizer, and modules behind the encoder."""
+    """Write everything except the weights: configuration, code, tokenizer, and modules after the encoder."""
     copy_code(folder)
     source, length = plan.source, plan.config.max_position_embeddings
     named = source.config.get("tokenizer_class")
@@ -209,7 +209,7 @@ def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def make_report(
     plan: Plan, tokens: Tokens, comparison: Comparison | None, model: Path, folder: Path, **places: str
 ) -> Report:
-    """What was done to write `folder` from `model`; `places` are source and target as the user knows them."""
+    """The report about `folder`, made from `model`; `places` are source and target as the user named them."""
     source, copied = plan.source, plan.account.copied
     return Report(
         source_commit=model.name if model.parent.name == "snapshots" else None,

@@ -30,19 +30,19 @@ TOKENIZER_FILES = (*TOKENIZER_FILES, TOKENIZER_SETTINGS)
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 MODULES = "modules.json"  # of sentence-transformers: the list of the encoder and the modules after it
 MODULE_SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
-ROUTES = "router_config.json"  # of a module that holds others
-ENCODERS = ("Transformer", "MLMTransformer")  # the latter of sparse encoders before release 5.4
-NO_ENCODERS = {  # that may be the first module, and what they are
-    "CLIPModel": ", which reads images too",
+ROUTES = "router_config.json"  # of a module that contains other modules
+ENCODERS = ("Transformer", "MLMTransformer")  # sparse encoders have the latter before release 5.4
+NO_ENCODERS = {  # other types of the first module, and what they are
+    "CLIPModel": ", which also reads images",
     "WordEmbeddings": ", a table of words",
     "StaticEmbedding": ", a table of tokens",
     "BoW": ", which counts words",
     "Router": ", which holds several models: convert each from its own folder",
     "Asym": ", which holds several models: convert each from its own folder",
 }
-ADAPTER = "adapter_config.json"  # of PEFT
+ADAPTER = "adapter_config.json"  # the file of an adapter of PEFT
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-LOCK, REPLACED = "lock", "replaced"  # beside the directory that is written
+LOCK, REPLACED = "lock", "replaced"  # names beside the directory that is written
 
 
 class ConversionError(ValueError):
@@ -276,10 +276,10 @@ def copy_tokenizer(
 
 
 def read_modules(source: Path) -> list[dict[str, Any]]:
-    """The modules of a model of sentence-transformers, the encoder first; none for others.
+    """The modules of a sentence-transformers model, with the encoder first; none for other models.
 
     Raises:
-        ConversionError: modules.json is damaged, or names a place outside of the model or what does not convert.
+        ConversionError: modules.json is damaged, or names a folder outside the model or an unsupported module.
     """
     path = source / MODULES
     if not path.is_file():
@@ -289,7 +289,7 @@ def read_modules(source: Path) -> list[dict[str, Any]]:
         if not modules or not all(isinstance(module[name], str) for module in modules for name in ("path", "type")):
             raise TypeError
     except (ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"{path} is damaged: it is no list of modules with a `path` and a `type`.") from error
+        raise ConversionError(f"{path} is damaged: it is not a list of modules with a `path` and a `type`.") from error
     reason = why_not_carried(source, modules)
     if reason is not None:
         raise ConversionError(f"{path} cannot be converted: {reason}.")
@@ -300,46 +300,46 @@ def why_not_carried(source: Path, modules: list[dict[str, Any]]) -> str | None:
     """Why a list of modules cannot be converted; None if it can."""
     outside = [module["path"] for module in modules if not re.fullmatch(r"[\w-][\w.-]*|", module["path"])]
     if outside:
-        return f"{outside[0]!r} is no folder in it"
+        return f"{outside[0]!r} is not a folder in the model"
     types = [module["type"] for module in modules]
     for path in (source / module["path"] / ROUTES for module in modules):
         types += read_json(path).get("types", {}).values() if path.is_file() else []
     own = [name for name in types if not name.startswith("sentence_transformers.")]
     if own:
-        return f"the code of {own[0]} would not travel along. Without {MODULES} the encoder converts by itself"
+        return f"the code of {own[0]} cannot be copied. To convert the encoder alone, remove {MODULES}"
     first = types[0].rpartition(".")[2]
     if first not in ENCODERS:
-        return f"it begins with {first}{NO_ENCODERS.get(first, '')}, and what converts begins with a Transformer"
+        return f"it begins with {first}{NO_ENCODERS.get(first, '')}; it must begin with a Transformer"
     return None
 
 
 def encoder_folder(source: Path) -> Path:
-    """Where the encoder is: the directory itself, or a folder in it, as in the first models of sentence-transformers.
+    """The encoder's folder: the directory itself, or a folder in it as in early sentence-transformers models.
 
     Raises:
-        ConversionError: modules.json is not right, or there is an adapter in place of a model.
+        ConversionError: modules.json is wrong, or there is an adapter instead of a model.
     """
     modules = read_modules(source)
     folder = source / modules[0]["path"] if modules else source
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise ConversionError(
-            f"{folder} has an adapter of PEFT for {base}, and transformers would load that. Load it with peft's "
-            "AutoPeftModel, `merge_and_unload()` it, save what that returns, and convert this."
+            f"{folder} has an adapter of PEFT for {base}, not a whole model. Load it with peft's AutoPeftModel, call "
+            "`merge_and_unload()`, save the returned model, and convert that."
         )
     return folder
 
 
 def module_folders(source: Path) -> list[str]:
-    """The folders of the modules behind the encoder that have one; none but for sentence-transformers."""
+    """The folders of the modules after the encoder; none if the model is not from sentence-transformers."""
     return [module["path"] for module in read_modules(source)[1:] if module["path"]]
 
 
 def copy_modules(source: Path, target: Path, max_length: int) -> None:
-    """Copy what a model of sentence-transformers has beside its encoder, but for the longest text that it reads.
+    """Copy all parts of a sentence-transformers model but its encoder, and set its maximum length.
 
     Args:
-        source, target: directories; the encoder lies in the target itself.
+        source, target: directories; in the target, the encoder has no folder of its own.
         max_length: tokens of the longest text.
     """
     modules = read_modules(source)
@@ -356,7 +356,7 @@ def copy_modules(source: Path, target: Path, max_length: int) -> None:
 
 
 def with_length(settings: dict[str, Any], max_length: int) -> dict[str, Any]:
-    """Settings of sentence-transformers with another longest text, on whatever level they name one."""
+    """Settings of sentence-transformers with another maximum length, which they may have on any level."""
     changed = dict(settings)
     for name, value in settings.items():
         if isinstance(value, dict):

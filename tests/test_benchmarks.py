@@ -226,7 +226,7 @@ def test_speed_shows_failures_and_goes_on(finished, folder):
 
 def test_speed_writes_tables_and_a_picture(finished, folder):
     assert (folder / "tiny.md").read_text() == finished
-    for text in ("## forward, float32", "## training, float32", "| ours / it |", "- `floor`: the bare matrix"):
+    for text in ("## forward, float32", "## training, float32", "| ours / it |", "- `floor`: only the matrix"):
         assert text in finished
     pytest.importorskip("matplotlib")
     assert "![Time and memory against length](tiny.png)" in finished
@@ -384,15 +384,7 @@ def test_gpu_runs_end_to_end_on_a_cpu(tmp_path):
 def test_profile_layer_names_the_parts(mode):
     before = [dict(vars(module)) for module in profile_layer.attention_modules()]
     text = profile_layer.main(["--length", "64", "--size", "tiny", "--threads", "1", "--rounds", "1", "--mode", mode])
-    for part in (
-        "projections",
-        "feed-forward",
-        "selection",
-        "attention kernel",
-        "activation",
-        "norms",
-        "not instrumented",
-    ):
+    for part in ("projections", "feed-forward", "selection", "attention kernel", "activation", "norms", "not watched"):
         assert f"| {part} |" in text or part in text
     assert [vars(module) for module in profile_layer.attention_modules()] == before
 

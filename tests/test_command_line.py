@@ -240,7 +240,7 @@ def test_from_the_hub_and_to_the_hub(source, target, tmp_path, installed):
     card = (target / "README.md").read_text()
     assert "base_model: someone/albert" in card and COMMIT in card and "hf_a" not in card
 
-    assert re.fullmatch(r"error: someone/nothing-here is no directory.*\n", results[1][1])
+    assert re.fullmatch(r"error: someone/nothing-here is not a directory.*\n", results[1][1])
     assert re.fullmatch(r"error: .*is complete, but could not be pushed to me/forbidden.*\n", results[2][1])
     assert json.loads((tmp_path / "refused.json").read_text())["pushed_to"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -61,22 +61,22 @@ TRANSFORMER, KIND = '{"path": "", "type": "sentence_transformers.models.Transfor
 @pytest.mark.parametrize(
     ("modules", "reason"),
     [
-        ("{", "is damaged: it is no list of modules"),
-        ("[5]", "is damaged: it is no list of modules"),
-        ("[]", "is damaged: it is no list of modules"),
-        ('[{"path": ""}]', "is damaged: it is no list of modules with a `path` and a `type`"),
-        (f'[{TRANSFORMER}, {{"path": "../outside", "type": "x"}}]', "'../outside' is no folder in it"),
-        (f'[{TRANSFORMER}, {{"path": "..", "type": "x"}}]', "'..' is no folder in it"),
-        (f'[{TRANSFORMER}, {{"path": "/etc", "type": "x"}}]', "'/etc' is no folder in it"),
-        (f'[{TRANSFORMER}, {{"path": "1_Own", "type": "own.Module"}}]', "the code of own.Module would not travel along"),
-        ('[{"path": "", "type": "modeling_own.Transformer"}]', "the code of modeling_own.Transformer .*by itself"),
-        (f'[{{"path": "", "type": "{KIND}.CLIPModel"}}]', "begins with CLIPModel, which reads images too"),
+        ("{", "is damaged: it is not a list of modules"),
+        ("[5]", "is damaged: it is not a list of modules"),
+        ("[]", "is damaged: it is not a list of modules"),
+        ('[{"path": ""}]', "is damaged: it is not a list of modules with a `path` and a `type`"),
+        (f'[{TRANSFORMER}, {{"path": "../outside", "type": "x"}}]', "'../outside' is not a folder in the model"),
+        (f'[{TRANSFORMER}, {{"path": "..", "type": "x"}}]', "'..' is not a folder in the model"),
+        (f'[{TRANSFORMER}, {{"path": "/etc", "type": "x"}}]', "'/etc' is not a folder in the model"),
+        (f'[{TRANSFORMER}, {{"path": "1_Own", "type": "own.Module"}}]', "the code of own.Module cannot be copied"),
+        ('[{"path": "", "type": "modeling_own.Transformer"}]', "the code of modeling_own.Transformer .*the encoder alone"),
+        (f'[{{"path": "", "type": "{KIND}.CLIPModel"}}]', "begins with CLIPModel, which also reads images"),
         (f'[{{"path": "0_WordEmbeddings", "type": "{KIND}.WordEmbeddings"}}]', "WordEmbeddings, a table of words"),
         (f'[{{"path": "", "type": "{KIND}.StaticEmbedding"}}]', "StaticEmbedding, a table of tokens"),
-        (f'[{{"path": "0_BoW", "type": "{KIND}.BoW"}}]', "BoW, which counts words, .*begins with a Transformer"),
+        (f'[{{"path": "0_BoW", "type": "{KIND}.BoW"}}]', "BoW, which counts words; .*begin with a Transformer"),
         (f'[{{"path": "", "type": "{KIND}.Router"}}]', "Router, which holds several models: convert each"),
         (f'[{{"path": "", "type": "{KIND}.Asym"}}]', "Asym, which holds several models: convert each"),
-        (f'[{{"path": "", "type": "{KIND}.New"}}]', "begins with New, and what converts begins with a Transformer"),
+        (f'[{{"path": "", "type": "{KIND}.New"}}]', "begins with New; it must begin with a Transformer"),
     ],
 )  # fmt: skip
 def test_modules_that_are_not_right_are_named(embedder, target, modules, reason):
@@ -92,7 +92,7 @@ def test_code_inside_a_router_is_named(embedder, target):
     (embedder / "modules.json").write_text(json.dumps(modules))
     types = {"query_0_Dense": f"{KIND}.Dense", "document_0_Own": "own.Module"}
     (embedder / "2_Dense" / "router_config.json").write_text(json.dumps({"types": types}))
-    with pytest.raises(ConversionError, match="the code of own.Module would not travel along"):
+    with pytest.raises(ConversionError, match="the code of own.Module cannot be copied"):
         convert_checkpoint(embedder, target, **SHORT)
 
 
