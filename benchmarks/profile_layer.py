@@ -87,7 +87,7 @@ def part_of(operator: str, sizes: set[int], functions: list[tuple[str, str]], si
 
 def attention_modules() -> list[ModuleType]:
     """`lsg_attention` and the modules of its parts."""
-    parts = ("functional", "chunks", "flex", "gather", "padding", "softmax", "sparsity")
+    parts = ("functional", "cpu", "flex", "gather", "padding", "softmax", "sparsity")
     return [sys.modules[f"lsg_albert.lsg_{part}"] for part in parts]
 
 
