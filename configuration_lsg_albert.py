@@ -14,11 +14,10 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .lsg_compat import CACHE_NAMES
-from .lsg_pattern import LSGPattern
+from .lsg_pattern import SPARSITY_TYPES, LSGPattern
 
 logger = logging.get_logger(__name__)
 
-SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 MAX_GLOBAL_TOKENS = 512  # rows of the global embedding table in every published checkpoint
 

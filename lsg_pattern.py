@@ -7,6 +7,8 @@ arXiv 2210.15497.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")  # see lsg_sparsity.py
+
 
 class BlockRange(NamedTuple):
     """For each block n, the tokens from `start + n * step` up to, but not including, `end + n * step`."""
@@ -45,8 +47,7 @@ class LSGPattern:
     Args:
         num_global_tokens: global tokens before the text, at least 1.
         block_size: tokens per block of the text, at least 1.
-        sparsity_type: "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", or None or "none" for
-            no sparse part.
+        sparsity_type: a name in `SPARSITY_TYPES`; None or "none" for no sparse part.
         sparse_block_size: sparse tokens that a query sees on each side, at least 1 if there is a sparse part. "norm" and
             "lsh" cut the text into chunks of this size if it is below `block_size`. It must then divide `block_size`
             and be a multiple of `sparsity_factor`.

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Size
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 TOLERANCE = 1e-4  # between ours and ALBERT in float32; outputs have a size of about 1 after the layer norm
 PACKING_FIELD = "pack_padding"  # the field of our configuration that says whether padded batches are packed

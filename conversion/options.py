@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..lsg_pattern import LSGPattern
+from ..lsg_pattern import SPARSITY_TYPES, LSGPattern
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -95,7 +95,7 @@ class ConversionOptions:
         2, int, "number of tokens that one sparse token stands for; must divide the block size; 0 for no sparse part"
     )
     sparsity_type: str | None = _parameter(
-        "norm", _or_none(str), "norm, pooling, lsh, stride, block_stride, bos_pooling, or none for no sparse part"
+        "norm", _or_none(str), f"how sparse tokens are selected: {', '.join(SPARSITY_TYPES)} (no sparse part)"
     )
     num_global_tokens: int = _parameter(
         1, int, "number of global tokens, 1 to 512; they attend to all tokens, and all tokens attend to them"

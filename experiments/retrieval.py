@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.worker import Memory
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.conversion import convert_checkpoint
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from pretraining.training_support import describe_machine, write_atomically
 
 LATE = 8000  # characters before the answer, from which a query is about the later part

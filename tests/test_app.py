@@ -27,8 +27,8 @@ from family_sources import make_model, save, save_words
 from helpers import write_repository
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM
 from lsg_albert.__main__ import main as lsg_albert
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.conversion import convert_checkpoint
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 sys.path.insert(0, str(ROOT / "examples" / "app"))  # its files import each other by their names
 

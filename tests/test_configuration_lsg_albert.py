@@ -10,7 +10,8 @@ from transformers import AlbertConfig
 
 from helpers import ROOT, logged_warnings
 from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM, LSGAlbertModel
-from lsg_albert.configuration_lsg_albert import ATTN_IMPLEMENTATIONS, AUTO_MAP, SPARSITY_TYPES
+from lsg_albert.configuration_lsg_albert import ATTN_IMPLEMENTATIONS, AUTO_MAP
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 INTEGERS = [
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_hidden_groups", "num_attention_heads",

@@ -19,8 +19,7 @@ from conftest import ROOT
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM, LSGAlbertModel, onnx_export
 from lsg_albert.__main__ import main
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
-from lsg_albert.lsg_pattern import LSGPattern
+from lsg_albert.lsg_pattern import SPARSITY_TYPES, LSGPattern
 from lsg_albert.lsg_sparsity import select_sparse_tokens
 
 TYPES = SPARSITY_TYPES

@@ -22,8 +22,9 @@ from transformers import (
 import lsg_albert
 from helpers import CODE, ROOT, logged_warnings, run_in_new_process, write_repository
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM
-from lsg_albert.configuration_lsg_albert import AUTO_MAP, SPARSITY_TYPES
+from lsg_albert.configuration_lsg_albert import AUTO_MAP
 from lsg_albert.conversion.tensors import convert_state_dict
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 TRANSFORMERS = Version(transformers.__version__)
 HEADS = {name: target.split(".")[1] for name, target in AUTO_MAP.items() if name != "AutoConfig"}

@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from lsg_albert import lsg_flex
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_functional import lsg_attention
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from lsg_albert.modeling_lsg_albert import LSGAlbertModel
 from test_lsg_functional import cases, draw_projections
 from test_lsg_padding import ragged_inputs

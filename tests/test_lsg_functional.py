@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 import lsg_albert
 from lsg_albert import lsg_cpu
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_functional import lsg_attention, lsg_attention_map
-from lsg_albert.lsg_pattern import LSGPattern
+from lsg_albert.lsg_pattern import SPARSITY_TYPES, LSGPattern
 from lsg_albert.lsg_softmax import attention_gradients, eager_attention, sdpa_attention, visibility_bias
 from lsg_albert.lsg_sparsity import hash_projections
 from oracle import oracle_attention

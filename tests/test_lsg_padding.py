@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import lsg_albert
 from helpers import checkpoint_activations
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.lsg_padding import list_blocks
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from lsg_albert.modeling_lsg_albert import LSGAlbertForMaskedLM, LSGAlbertModel
 
 LENGTHS = [45, 3, 17, 24, 40, 0]  # of rows, in blocks of 8; the last has no real token at all

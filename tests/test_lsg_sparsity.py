@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
-from lsg_albert.lsg_pattern import LSGPattern
+from lsg_albert.lsg_pattern import SPARSITY_TYPES, LSGPattern
 from lsg_albert.lsg_sparsity import (
     cluster,
     first_query_weights,

@@ -11,10 +11,10 @@ import lsg_albert
 from conftest import TINY
 from helpers import checkpoint_activations
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
 from lsg_albert.conversion.tensors import convert_state_dict
 from lsg_albert.lsg_compat import is_checkpointing
 from lsg_albert.lsg_outputs import select_states, token_loss
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from oracle import oracle_encoder
 
 TYPES = SPARSITY_TYPES

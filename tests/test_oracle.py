@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lsg_albert.configuration_lsg_albert import SPARSITY_TYPES
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from oracle import lsh_buckets, oracle_attention, oracle_encoder
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "public"

@@ -10,8 +10,9 @@ import yaml
 
 from conftest import ROOT
 from lsg_albert import LSGAlbertConfig
-from lsg_albert.configuration_lsg_albert import AUTO_MAP, SPARSITY_TYPES
+from lsg_albert.configuration_lsg_albert import AUTO_MAP
 from lsg_albert.conversion import convert_checkpoint
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _, CARD_HEAD, BODY = README.split("---\n", 2)
