@@ -285,6 +285,7 @@ COMPARED = [  # which of two is better, by a difference over the same queries
     (LONG + "one vector", CHUNKS + "512: mean of chunks"),
     (LONG + "one vector", "LSG 4,096, norm: one vector"),
     (LONG + "one vector", "full attention 4,096: one vector"),
+    (WHOLLY + "one vector", CHUNKS + "128: mean of chunks"),
     (WHOLLY + "one vector", CHUNKS + "512: mean of chunks"),
     (WHOLLY + "late chunking, 128", CHUNKS + "128: best chunk"),
     (WHOLLY + "late chunking, 512", CHUNKS + "512: best chunk"),
