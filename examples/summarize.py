@@ -70,7 +70,7 @@ def load(source: str, options: Options) -> list[dict]:
         for number, row in read(source):
             row = json.loads(row) if isinstance(row, str) else row
             pair = row[options.document_field], row[options.summary_field]
-            document, summary = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in pair)  # lone surrogates
+            document, summary = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in pair)  # no lone surrogates
             if None in row or not document.strip() or not summary.strip():
                 sys.exit(f"{source}, line {number}: more fields than line 1 (quote fields with commas), or empty text")
             rows.append({"document": document, "summary": summary})

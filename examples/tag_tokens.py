@@ -61,7 +61,7 @@ def load(source: str, options: Options) -> list[dict]:
 
 
 def entities(tags: list[str]) -> list[tuple[int, int, str]]:
-    """The first word, one past the last word, and the type of each entity. An I- tag after none begins an entity."""
+    """The first word, one past the last, and the type of each entity. An I- tag that continues none begins one."""
     found = []
     for place, tag in enumerate(tags):
         if tag[0] == "I" and found and found[-1][1:] == (place, tag[2:]):

@@ -185,7 +185,7 @@ def passage_vectors(states: Tensor, size: int) -> Tensor:
 
 
 def encode_pass(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> dict:
-    """The vectors (vectors, hidden) of a document's first `length` tokens: of all and, if long, of passages."""
+    """The vectors (vectors, hidden) of a document's first `length` tokens, and of its passages if `length` is large."""
     (states,) = states_of(model, tokenizer, [ids[: length - 2]])
     sizes = PASSAGES if length > max(PASSAGES) else ()
     late = {f"late chunking, {size}": passage_vectors(states, size) for size in sizes}
