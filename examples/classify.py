@@ -1,11 +1,11 @@
-"""Fine-tune a classifier of long documents. A row has a text and a label, or in JSON lines a list of all labels that apply:
+"""Fine-tune a classifier of long documents. A row has a text and a label. JSON lines may have a list of labels:
 {"text": "A storm came up ...", "label": "weather"} or {"text": "The match was put off ...", "label": ["weather", "sport"]}.
 
     python examples/classify.py --train train.jsonl --test test.csv --output_dir runs/topics
     python examples/classify.py --train stanfordnlp/imdb:train --test stanfordnlp/imdb:test --bf16 --output_dir runs/imdb
 
-The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
-checkpoint when it is started again. Needs `pip install ".[fine-tuning]"`.
+The output directory gets the best model, its scores and predictions.jsonl. The same command resumes a stopped run from
+its last checkpoint. Needs `pip install ".[fine-tuning]"`.
 """
 
 import csv
@@ -29,17 +29,17 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 @dataclass
 class Options:
     train: str = HfArg(help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT, NAME:SUBSET:SPLIT)")
-    test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
-    text_field: str = HfArg(default="text", help="name of the text in a row")
-    label_field: str = HfArg(default="label", help="name of the label, or of the list of labels, in a row")
+    test: str = HfArg(help="the same, to score the best model")
+    validation: str | None = HfArg(default=None, help="the same, to choose the best epoch; None: a tenth of --train")
+    text_field: str = HfArg(default="text", help="field that holds the text")
+    label_field: str = HfArg(default="label", help="field that holds the label or the list of labels")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
-    max_length: int | None = HfArg(default=None, help="tokens read of a text; None: as many as the model can")
-    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+    max_length: int | None = HfArg(default=None, help="tokens to read from a text; None: the model's maximum")
+    patience: int = HfArg(default=3, help="evaluations without improvement before training stops")
 
 
 def read(source: str, label_field: str) -> Iterator[tuple[int, dict | str]]:
-    """The numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
+    """Numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
     kind = source.lower().removesuffix(".gz").rpartition(".")[2]
     if kind not in ("json", "jsonl", "csv", "tsv"):
         data = load_dataset(*source.split(":")[:-1], split=source.split(":")[-1])
@@ -51,7 +51,7 @@ def read(source: str, label_field: str) -> Iterator[tuple[int, dict | str]]:
         if kind.startswith("json"):
             yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
             return
-        csv.field_size_limit(2**31 - 1)  # a document is longer than the default
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the default limit
         table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
@@ -59,24 +59,24 @@ def read(source: str, label_field: str) -> Iterator[tuple[int, dict | str]]:
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of a text and its label or labels, as strings. What would be read wrongly is refused with its line."""
+    """Load texts with their label or labels, as strings. Name the line of a row that would be misread, and exit."""
     rows, number = [], 1
     try:
         for number, row in read(source, options.label_field):
             row = json.loads(row) if isinstance(row, str) else row
             text, label = row[options.text_field], row[options.label_field]
-            text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # half a surrogate pair is no character
+            text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # half of a surrogate pair is not a character
             if None in row:
                 sys.exit(f"{source}, line {number}: more fields than line 1; put a field with commas in double quotes")
             labels = label if isinstance(label, list) else [label]
             names = {str(each) for each in labels if isinstance(each, str | int)}
             if len(names) < len(labels) or any(re.fullmatch(r"(\[.*])?", name) for name in names):
-                sys.exit(f"{source}, line {number}: {label!r} is not a label (in JSON lines, or a list of them)")
+                sys.exit(f"{source}, line {number}: {label!r} is not a label (JSON lines may have lists of labels)")
             rows.append({"text": text, "label": list(map(str, labels)) if labels is label else str(label)})
     except csv.Error as error:
         sys.exit(f"{source}, after line {number}: {error}")
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"{source}, line {number}: no text and label, as --help shows them ({error!r})")
+        sys.exit(f"{source}, line {number}: expected a text and a label as shown by --help ({error!r})")
     return rows or sys.exit(f"{source}: no rows")
 
 
@@ -100,14 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     several = isinstance(labels[0], list)
     names = sorted({name for label in labels for name in (label if isinstance(label, list) else [label])})
     if len({type(label) for label in labels}) > 1 or len(names) < 2 or (several and names == ["0", "1"]):
-        sys.exit(f"two labels or more are wanted, a list in each row or in none, no vectors of 0 and 1; found {names}")
+        sys.exit(f"need two labels or more, a list in each row or in none, and no vectors of 0 and 1; found {names}")
 
-    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    states = output.glob("checkpoint-*/trainer_state.json")  # this file is whole only in a complete checkpoint
     steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
     checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
     print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    transformers.set_seed(training.seed)  # for the weights of the new head
+    transformers.set_seed(training.seed)  # fixes the random weights of the new head
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         checkpoint or options.model, trust_remote_code=True, ignore_mismatched_sizes=True,
         id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
@@ -133,19 +133,19 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         callbacks=[transformers.EarlyStoppingCallback(options.patience)],
     )  # fmt: skip
-    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    # Before 4.48, transformers reads NumPy's random state with torch.load. Since PyTorch 2.6, this needs permission.
     torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
-    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    model.config.use_cache = True  # the Trainer of transformers 5 sets it to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
     predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
     if all(label == predicted[0] for label in predicted):
-        print(f"warning: the model predicts {predicted[0]!r} for every text; try a longer training or another rate")
+        print(f"warning: the model predicts {predicted[0]!r} for every text; train longer, or change --learning_rate")
     pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
     if trainer.is_world_process_zero():
         pairs.to_json(output / "predictions.jsonl")
@@ -157,4 +157,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on from the last checkpoint")
+        sys.exit("\nstopped: run the same command again to resume from the last checkpoint")

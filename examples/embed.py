@@ -1,12 +1,12 @@
-"""Embed long documents: a vector each, in Parquet files with the columns `id` and `embedding`. A row of JSON lines has a
-text, and an id unless its number will do: {"id": "Rome", "text": "Rome is ..."}. Text files are documents by their names.
+"""Embed long documents, one vector for each, into Parquet files with the columns `id` and `embedding`. A JSON line holds
+{"id": "Rome", "text": "Rome is ..."}. The default id is the number of the row. The id of a text file is its name.
 
     python examples/embed.py --documents articles.jsonl.gz --model my-lsg-model --output runs/articles
     torchrun --nproc-per-node 2 examples/embed.py --documents notes/ --model my-lsg-model --bf16 --output runs/notes
 
-The directory gets a file for every so many documents, whole or not at all: a killed run goes on with those that are missing
-when it is started again, also in several processes (torchrun, accelerate launch). examples/search.py reads them. Needs
-`pip install ".[embeddings]"`. The model is one of sentence-transformers, or any encoder, of which it takes the mean.
+Each Parquet file is written in one step. After a kill, the same command makes only the missing files. Several processes
+(torchrun, accelerate launch) share the work. examples/search.py reads the files. Needs `pip install ".[embeddings]"`.
+The model is one of sentence-transformers, or any encoder. For an encoder, a vector is the mean of its last states.
 """
 
 import gzip
@@ -35,18 +35,18 @@ class Options:
     )
     model: str = HfArg(help="directory or Hub id; its code is run")
     output: str = HfArg(help="directory for the Parquet files")
-    id_field: str = HfArg(default="id", help="name of the id in a row")
-    text_field: str = HfArg(default="text", help="name of the text in a row")
-    prompt: str | None = HfArg(default=None, help="put before each text; None: what the model has for documents")
-    max_length: int | None = HfArg(default=None, help="tokens read of a text; None: as many as the model can")
-    batch_tokens: int = HfArg(default=16384, help="tokens in a batch, padding among them")
-    part_size: int = HfArg(default=256, help="documents in a file")
-    bf16: bool = HfArg(default=False, help="compute in bfloat16 where autocast does; embeddings are float32")
+    id_field: str = HfArg(default="id", help="field that holds the id")
+    text_field: str = HfArg(default="text", help="field that holds the text")
+    prompt: str | None = HfArg(default=None, help="text before each document; None: the model's prompt for documents")
+    max_length: int | None = HfArg(default=None, help="tokens to read from a text; None: the model's maximum")
+    batch_tokens: int = HfArg(default=16384, help="tokens in a batch, padding included")
+    part_size: int = HfArg(default=256, help="documents per file")
+    bf16: bool = HfArg(default=False, help="compute in bfloat16 where autocast does so; embeddings are float32")
 
 
 def load(source: str, options: Options) -> dict[str, str]:
-    """The texts by their ids."""
-    path, name, place, texts = Path(source), source.lower().removesuffix(".gz"), "as a whole", {}
+    """Load the texts by their ids."""
+    path, name, place, texts = Path(source), source.lower().removesuffix(".gz"), "all rows", {}
     try:
         if path.is_dir() or name.endswith(".txt"):
             files = {str(file.relative_to(path)): file for file in path.rglob("*.txt")} or {path.name: path}
@@ -61,17 +61,17 @@ def load(source: str, options: Options) -> dict[str, str]:
             row = json.loads(row) if isinstance(row, str) else row
             name, text = str(row.get(options.id_field, place.split()[-1])), row[options.text_field]
             text = text.read_text(encoding="utf-8-sig") if isinstance(text, Path) else text
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # replaces lone surrogates
             if name in texts or not text.strip():
-                raise ValueError(f"{name!r} is the id of another one, too" if name in texts else "the text is empty")
+                raise ValueError(f"{name!r} is the id of another row, too" if name in texts else "the text is empty")
             texts[name] = text
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"{source}, {place}: no text and id that can be read ({' '.join(repr(error).split())})")
+        sys.exit(f"{source}, {place}: cannot read a text and an id ({' '.join(repr(error).split())})")
     return texts or sys.exit(f"{source}: no documents")
 
 
 def fingerprint(model: str) -> str:
-    """Of a directory a hash of its files, of a model on the Hub its commit."""
+    """A hash of a directory's files, or the commit of a model on the Hub."""
     if not Path(model).is_dir():
         return Path(snapshot_download(model, allow_patterns=["modules.json"])).name
     files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".json", ".safetensors", ".bin")]
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     stamps = {path: hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest() for path, part in parts.items()}
     for path in output.glob("part-*.parquet"):
         if pq.read_schema(path).metadata[b"stamp"].decode() != stamps.get(path):
-            sys.exit(f"{path} has other documents, or is of another model or options: choose another --output")
+            sys.exit(f"{path} is from other documents, another model or other options: choose another --output")
     done = sum(len(part) for path, part in parts.items() if path.exists())
     if done == len(documents):
         return print(f"already done: {output} (another run needs another --output)")
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         names, texts = zip(*parts[path], strict=True)
         lengths = np.array([len(ids) for ids in model.tokenizer(list(texts), verbose=False)["input_ids"]])
         order, vectors = np.argsort(-lengths, kind="stable"), {}
-        while len(order):  # as many of about the same length as fill a batch
+        while len(order):  # fill a batch with texts of about the same length
             chosen = order[: max(options.batch_tokens // min(lengths[order[0]], limit), 1)]
             batch, order = [texts[i] for i in chosen], order[len(chosen) :]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):

@@ -3,8 +3,8 @@
     python examples/fill_mask.py examples/long_document.txt
     python examples/fill_mask.py my_document.txt --words 10 --top-k 3
 
-Where the text has no [MASK], words spread over it are masked first, and shown beside the predictions. Everything stays
-on this machine when --model is a directory; by default it is the repository that this file stands in.
+If the text has no [MASK], the script masks some words spread over the text, and shows them beside the predictions. If
+--model is a directory, nothing leaves this machine. By default, --model is the repository that holds this file.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("document", type=Path, help="a text file in UTF-8")
     parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; its code is run")
     parser.add_argument("--top-k", type=int, default=5, help="predictions per masked word")
-    parser.add_argument("--words", type=int, default=5, help="words to mask where the text has no [MASK]")
+    parser.add_argument("--words", type=int, default=5, help="words to mask if the text has no [MASK]")
     args = parser.parse_args(argv)
     for name in ("top_k", "words"):
         if getattr(args, name) < 1:
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def mask_words(text: str, count: int, mask_token: str) -> tuple[str, list[str]]:
-    """Mask `count` words of four letters or more, evenly spread over the text: the text, and the words in order."""
+    """Mask `count` words of four or more letters, spread evenly over the text. Return text and words."""
     words = list(re.finditer(r"\b[a-z]{4,}\b", text))
     count = min(count, len(words))
     chosen = [words[(2 * i + 1) * len(words) // (2 * count)] for i in range(count)]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fill_mask: cannot read {args.document}: {error}", file=sys.stderr)
         return 1
     progress(f"loading the model from {args.model}")
-    from transformers import pipeline  # takes seconds, which a mistake in the arguments need not wait for
+    from transformers import pipeline  # takes seconds: first check the arguments
 
     try:
         fill_mask = pipeline("fill-mask", model=args.model, trust_remote_code=True)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     progress("done")
 
     print(f"{args.document.name}: {len(ids):,} tokens in one pass, {seconds:.2f} s, {len(masked)} masked")
-    guesses = [guesses] if len(masked) == 1 else guesses  # of a single mask they are no list of lists
+    guesses = [guesses] if len(masked) == 1 else guesses  # a single mask gives a flat list
     for number, (place, context) in enumerate(zip(masked, shown, strict=False)):
         print(f"\ntoken {place:,}: ... {context} ...")
         if answers:

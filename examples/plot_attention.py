@@ -2,8 +2,8 @@
 
     python examples/plot_attention.py examples/long_document.txt
 
-The map has a weight for every pair of tokens, also where the model attended to a mean of several: such a weight is
-spread over the tokens that it stands for. Needs matplotlib (`pip install ".[plot]"`).
+The map has a weight for every pair of tokens. Where the model attended to the mean of several tokens, the weight is
+spread over these tokens. Needs matplotlib (`pip install ".[plot]"`).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-matplotlib.use("Agg")  # a file is drawn, no window
+matplotlib.use("Agg")  # draw into a file, not into a window
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
@@ -31,28 +31,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("document", type=Path, help="a text file in UTF-8")
     parser.add_argument("--model", default=str(ROOT), help="directory or Hub id; its code is run")
     parser.add_argument("--output", type=Path, default=Path("attention.png"), help="picture to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
-    parser.add_argument("--tokens", type=int, default=160, help="how much of the text to read")
-    parser.add_argument("--layer", type=int, default=-1, help="layer, from 0, or from the end")
-    parser.add_argument("--head", type=int, default=0, help="attention head, from 0, or from the end")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
+    parser.add_argument("--tokens", type=int, default=160, help="tokens of the text to read")
+    parser.add_argument("--layer", type=int, default=-1, help="layer, counted from 0, or from -1 at the end")
+    parser.add_argument("--head", type=int, default=0, help="attention head, counted from 0, or from -1 at the end")
     # Small blocks by default: the pattern of 128-token blocks would need a larger picture.
     parser.add_argument("--block-size", type=int, default=16, help="tokens per block")
     parser.add_argument("--sparse-block-size", type=int, default=16, help="sparse tokens per side")
     parser.add_argument("--sparsity-factor", type=int, default=4, help="tokens per sparse token")
-    parser.add_argument("--sparsity-type", default="norm", help="selection of the sparse tokens")
+    parser.add_argument("--sparsity-type", default="norm", help="how to select the sparse tokens")
     args = parser.parse_args(argv)
     if args.tokens < 1:
         parser.error(f"--tokens must be at least 1, got {args.tokens}")
     if args.output.exists() and not args.overwrite:
-        parser.error(f"{args.output} is there already; name another --output, or replace it with --overwrite")
+        parser.error(f"{args.output} exists; choose another --output, or use --overwrite to replace it")
     return args
 
 
 def describe(kind: str, index: int, count: int) -> str:
-    """One of `count` layers or heads in words.
+    """Describe one of `count` layers or heads in words.
 
     Raises:
-        ValueError: there is none with this index.
+        ValueError: no layer or head has this index.
     """
     if not -count <= index < count:
         raise ValueError(f"--{kind} {index}: the model has {count} {kind}s, 0 to {count - 1}")

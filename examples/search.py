@@ -1,10 +1,10 @@
-"""Search documents that examples/embed.py has embedded, exactly: the nearest ones of all, with their scores.
+"""Search the documents that examples/embed.py has embedded. Each query is compared with every document.
 
     python examples/search.py --embeddings runs/articles --query "Which river runs through Rome?" --query "trade in salt"
     python examples/search.py --embeddings runs/articles --top 10
 
-Without --query each line of the standard input is one. The higher a score, the nearer: it is the cosine unless the model
-has another. Needs `pip install ".[embeddings]"`.
+Without --query, each line of the standard input is a query. Documents with higher scores are nearer. The score is the
+cosine, unless the model defines another. Needs `pip install ".[embeddings]"`.
 """
 
 import argparse
@@ -25,9 +25,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--embeddings", required=True, type=Path, help="the --output of examples/embed.py")
     option("--query", action="append", help="what to look for; can be given several times (default: standard input)")
-    option("--top", type=int, default=5, help="documents to show for each (default: %(default)s)")
-    option("--model", help="directory or Hub id; its code is run (default: as embed.py was told)")
-    option("--prompt", help="put before each query (default: what the model has for queries)")
+    option("--top", type=int, default=5, help="documents to show for each query (default: %(default)s)")
+    option("--model", help="directory or Hub id; its code is run (default: the one that embed.py used)")
+    option("--prompt", help="text to put before each query (default: the model's own prompt for queries)")
     args = parser.parse_args(argv)
     return args if args.top >= 1 else parser.error(f"--top must be at least 1, got {args.top}")
 
@@ -41,15 +41,15 @@ def load(folder: Path) -> tuple[list[str], np.ndarray, dict[str, str]]:
         matrix = np.concatenate([table["embedding"].combine_chunks().flatten() for table in tables])
         models, (parts,) = {note["fingerprint"] for note in notes}, {int(note["parts"]) for note in notes}
     except (OSError, pa.ArrowException, LookupError, AttributeError, ValueError) as error:
-        sys.exit(f"{folder} has no embeddings by embed.py ({' '.join(repr(error).split())})")
+        sys.exit(f"{folder} has no embeddings from embed.py ({' '.join(repr(error).split())})")
     if len(models) > 1 or len(tables) < parts:
-        reason = "of several models" if len(models) > 1 else f"{len(tables)} of {parts} parts: embed.py has not ended"
+        reason = "from several models" if len(models) > 1 else f"{len(tables)} of {parts} parts: embed.py is not done"
         sys.exit(f"the embeddings in {folder} are {reason}")
     return ids, matrix.reshape(len(ids), -1), notes[0]
 
 
 def fingerprint(model: str) -> str:
-    """Of a directory a hash of its files, of a model on the Hub its commit."""
+    """A hash of a directory's files, or the commit of a model on the Hub."""
     if not Path(model).is_dir():
         return Path(snapshot_download(model, allow_patterns=["modules.json"])).name
     files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".json", ".safetensors", ".bin")]
@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     name = args.model or notes["model"]
     try:
         if fingerprint(name) != notes["fingerprint"]:
-            sys.exit(f"{args.embeddings} was made by another model than {name} is now: by {notes['model']}")
+            sys.exit(f"{args.embeddings} was made by {notes['model']}, and {name} is another model or has changed")
         model = SentenceTransformer(name, trust_remote_code=True)
     except (OSError, ValueError) as error:
         sys.exit(f"--model {name} cannot be loaded: {' '.join(str(error).split())}")
-    print(f"{len(ids):,} documents" + ("" if args.query else "; a question in a line each, Ctrl-D ends"), flush=True)
+    print(f"{len(ids):,} documents" + ("" if args.query else "; type one query per line, Ctrl-D ends"), flush=True)
     for query in (line.strip() for line in args.query or sys.stdin):
         if query:
             vector = model.encode_query(query, prompt=args.prompt, show_progress_bar=False)

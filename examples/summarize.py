@@ -5,8 +5,8 @@
     python examples/summarize.py --train ccdv/arxiv-summarization:train --test ccdv/arxiv-summarization:test --bf16 \\
         --document_field article --summary_field abstract --max_target_length 256 --output_dir runs/arxiv
 
-The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
-checkpoint when it is started again. Needs `pip install ".[summarization]"`.
+The output directory gets the best model, its scores and predictions.jsonl. The same command resumes a stopped run from
+its last checkpoint. Needs `pip install ".[summarization]"`.
 """
 
 import csv
@@ -34,20 +34,20 @@ rouge = functools.cache(RougeScorer(ROUGE, use_stemmer=True).score)  # a study s
 @dataclass
 class Options:
     train: str = HfArg(help="file (.jsonl, .csv, .tsv, also .gz) or split on the Hub (NAME:SPLIT, NAME:SUBSET:SPLIT)")
-    test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
-    document_field: str = HfArg(default="document", help="name of the document in a row")
-    summary_field: str = HfArg(default="summary", help="name of the summary in a row")
+    test: str = HfArg(help="the same, to score the best model")
+    validation: str | None = HfArg(default=None, help="the same, to choose the best epoch; None: a tenth of --train")
+    document_field: str = HfArg(default="document", help="field that holds the document")
+    summary_field: str = HfArg(default="summary", help="field that holds the summary")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
-    max_length: int | None = HfArg(default=None, help="tokens read of a document; None: as many as the model can")
-    max_target_length: int = HfArg(default=128, help="tokens of a summary")
-    beams: int = HfArg(default=4, help="beams of the search for a summary")
-    no_repeat_ngrams: int = HfArg(default=3, help="no so many tokens twice in a summary; 0: no rule")
-    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+    max_length: int | None = HfArg(default=None, help="tokens to read from a document; None: the model's maximum")
+    max_target_length: int = HfArg(default=128, help="tokens of the longest summary")
+    beams: int = HfArg(default=4, help="number of beams in the beam search")
+    no_repeat_ngrams: int = HfArg(default=3, help="repeat no run of so many tokens; 0: allow repeats")
+    patience: int = HfArg(default=3, help="evaluations without improvement before training stops")
 
 
 def read(source: str) -> Iterator[tuple[int, dict | str]]:
-    """The numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
+    """Numbered lines of a JSON lines file, rows of a table (by their last line) or rows of a split on the Hub."""
     kind = source.lower().removesuffix(".gz").rpartition(".")[2]
     if kind not in ("json", "jsonl", "csv", "tsv"):
         yield from enumerate(load_dataset(*source.split(":")[:-1], split=source.split(":")[-1]), start=1)
@@ -56,7 +56,7 @@ def read(source: str) -> Iterator[tuple[int, dict | str]]:
         if kind.startswith("json"):
             yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
             return
-        csv.field_size_limit(2**31 - 1)  # a document is longer than the default
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the default limit
         table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
         if len(set(table.fieldnames or [])) < len(table.fieldnames or []):
             sys.exit(f"{source}, line 1: a column is named twice")
@@ -64,20 +64,20 @@ def read(source: str) -> Iterator[tuple[int, dict | str]]:
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of a document and its summary. What would be read wrongly is refused with its line."""
+    """Load documents with their summaries. Name the line of a row that would be misread, and exit."""
     rows, number = [], 1
     try:
         for number, row in read(source):
             row = json.loads(row) if isinstance(row, str) else row
             pair = row[options.document_field], row[options.summary_field]
-            document, summary = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in pair)  # halves of pairs
+            document, summary = (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in pair)  # no lone surrogates
             if None in row or not document.strip() or not summary.strip():
-                sys.exit(f"{source}, line {number}: more fields than line 1 (quote any with commas), or an empty text")
+                sys.exit(f"{source}, line {number}: more fields than line 1 (quote fields with commas), or empty text")
             rows.append({"document": document, "summary": summary})
     except csv.Error as error:
         sys.exit(f"{source}, after line {number}: {error}")
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"{source}, line {number}: no document and summary, as --help shows them ({error!r})")
+        sys.exit(f"{source}, line {number}: expected a document and summary as in --help ({error!r})")
     return rows or sys.exit(f"{source}: no rows")
 
 
@@ -104,20 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load(options.validation, options) if options.validation else None
     train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
 
-    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    states = output.glob("checkpoint-*/trainer_state.json")  # this file is whole only in a complete checkpoint
     steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
     checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
     print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    transformers.set_seed(training.seed)  # for the weights of the new cross-attention
+    transformers.set_seed(training.seed)  # fixes the random weights of the new cross-attention
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint or options.model, trust_remote_code=True)
-    longest = options.max_target_length + 1  # with the token that the decoder starts from
+    longest = options.max_target_length + 1  # counts the token from which the decoder starts
     search = {"num_beams": options.beams, "no_repeat_ngram_size": options.no_repeat_ngrams}
     model.generation_config.update(max_length=longest, **search)
     length = options.max_length or model.config.max_position_embeddings
 
     def encode(row: dict) -> dict:
-        """Labels without [CLS], which the decoder starts from, but with [SEP], which ends a summary."""
+        """Tokenize a row. The decoder starts from [CLS], so the labels leave it out. They end with [SEP]."""
         inputs = tokenizer(row["document"], truncation=True, max_length=length, return_token_type_ids=False)
         labels = tokenizer(row["summary"], truncation=True, max_length=longest)["input_ids"][1:]
         return {**inputs, "labels": labels}
@@ -130,12 +130,12 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model),
         callbacks=[transformers.EarlyStoppingCallback(options.patience)],
     )  # fmt: skip
-    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    # Before 4.48, transformers reads NumPy's random state with torch.load. Since PyTorch 2.6, this needs permission.
     torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
-    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    model.config.use_cache = True  # the Trainer of transformers 5 sets it to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     references = [row["summary"] for row in test]
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
     if len(set(predicted)) == 1 < len(predicted):
-        print("warning: the model writes the same for every document: train longer, or with another --learning_rate")
+        print("warning: the model writes one summary for every document: train longer, or change --learning_rate")
     if trainer.is_world_process_zero():
         Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
     trainer.log_metrics("test", metrics)
@@ -156,4 +156,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on from the last checkpoint")
+        sys.exit("\nstopped: run the same command again to resume from the last checkpoint")

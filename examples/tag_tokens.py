@@ -1,12 +1,12 @@
-"""Fine-tune a model to tag the words of long documents, such as names. A row has words and as many BIO tags:
+"""Fine-tune a model to tag words, such as names, in long documents. A row has words and a BIO tag for each word:
 {"tokens": ["Old", "Jordan", "sat"], "tags": ["B-PER", "I-PER", "O"]}.
 
     python examples/tag_tokens.py --train train.jsonl --test test.jsonl --output_dir runs/names
     python examples/tag_tokens.py --train eriktks/conll2003:train --test eriktks/conll2003:test --tags_field ner_tags \\
         --bf16 --output_dir runs/conll
 
-The output directory gets the best model, its scores and predictions.jsonl. A run that was stopped goes on from its last
-checkpoint when it is started again. Needs `pip install ".[fine-tuning]"`.
+The output directory gets the best model, its scores and predictions.jsonl. The same command resumes a stopped run from
+its last checkpoint. Needs `pip install ".[fine-tuning]"`.
 """
 
 import json
@@ -27,18 +27,18 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 @dataclass
 class Options:
     train: str = HfArg(help="file (.jsonl, also .gz) or split on the Hub (NAME:SPLIT or NAME:SUBSET:SPLIT)")
-    test: str = HfArg(help="the same, to score the best model on")
-    validation: str | None = HfArg(default=None, help="the same, to choose an epoch by; None: a tenth of --train")
-    tokens_field: str = HfArg(default="tokens", help="name of the list of words in a row")
-    tags_field: str = HfArg(default="tags", help="name of the list of tags in a row")
+    test: str = HfArg(help="the same, to score the best model")
+    validation: str | None = HfArg(default=None, help="the same, to choose the best epoch; None: a tenth of --train")
+    tokens_field: str = HfArg(default="tokens", help="field that holds the list of words")
+    tags_field: str = HfArg(default="tags", help="field that holds the list of tags")
     model: str = HfArg(default=str(Path(__file__).resolve().parents[1]), help="directory or Hub id; its code is run")
-    max_length: int | None = HfArg(default=None, help="tokens read at once; None: as many as the model can")
-    pieces: bool = HfArg(default=False, help="read longer documents in pieces; otherwise what is beyond is missed")
-    patience: int = HfArg(default=3, help="evaluations without a better one until training stops")
+    max_length: int | None = HfArg(default=None, help="tokens to read at once; None: the model's maximum")
+    pieces: bool = HfArg(default=False, help="read longer documents in pieces instead of cutting them")
+    patience: int = HfArg(default=3, help="evaluations without improvement before training stops")
 
 
 def load(source: str, options: Options) -> list[dict]:
-    """Rows of words and their tags, of a JSON lines file or a split on the Hub. Others are refused with their line."""
+    """Load words and tags from a JSON lines file or a split on the Hub. Name the line of any other row, and exit."""
     rows, number = [], 1
     try:
         if source.lower().endswith((".jsonl", ".json", ".gz")):
@@ -56,12 +56,12 @@ def load(source: str, options: Options) -> list[dict]:
                 sys.exit(f"{source}, line {number}: {len(words)} words and {len(tags)} tags; each word needs a tag")
             rows.append({"words": words, "tags": tags})
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"{source}, line {number}: not a list of words and one of tags (O, B-TYPE, I-TYPE): {error!r}")
+        sys.exit(f"{source}, line {number}: not a list of words and a list of tags (O, B-TYPE, I-TYPE): {error!r}")
     return rows or sys.exit(f"{source}: no rows")
 
 
 def entities(tags: list[str]) -> list[tuple[int, int, str]]:
-    """First word, one past the last, and type of each entity; an I- tag that continues none begins one."""
+    """The first word, one past the last, and the type of each entity. An I- tag that continues none begins one."""
     found = []
     for place, tag in enumerate(tags):
         if tag[0] == "I" and found and found[-1][1:] == (place, tag[2:]):
@@ -72,7 +72,7 @@ def entities(tags: list[str]) -> list[tuple[int, int, str]]:
 
 
 def scores(references: list[list[str]], predictions: list[list[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of entities, whose words and type have to be right: of all, and of each type."""
+    """Precision, recall and F1 over all entities and for each type. An entity must have the right words and type."""
     pair = references, predictions
     gold, made = ({(i, *each) for i, tags in enumerate(rows) for each in entities(tags)} for rows in pair)
     result = {}
@@ -102,15 +102,15 @@ def main(argv: list[str] | None = None) -> None:
     train, validation = (train, held_out) if held_out else train_test_split(train, test_size=0.1, random_state=0)
     types = sorted({tag[2:] for row in train + validation + test for tag in row["tags"] if tag != "O"})
     if not types:
-        sys.exit("no row has an entity: all tags are O, and some are to be B-TYPE and I-TYPE")
+        sys.exit("no row has an entity: all tags are O, and none is B-TYPE or I-TYPE")
     names = ["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")]
 
-    states = output.glob("checkpoint-*/trainer_state.json")  # which a checkpoint has in full once it is complete
+    states = output.glob("checkpoint-*/trainer_state.json")  # this file is whole only in a complete checkpoint
     steps = [int(path.parent.name.split("-")[1]) for path in states if path.read_text().endswith("}\n")]
     checkpoint = str(output / f"checkpoint-{max(steps)}") if steps else None
     print(f"resuming from step {max(steps)}" if steps else "training from the start")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    transformers.set_seed(training.seed)  # for the weights of the new head
+    transformers.set_seed(training.seed)  # fixes the random weights of the new head
     model = transformers.AutoModelForTokenClassification.from_pretrained(
         checkpoint or options.model, trust_remote_code=True, ignore_mismatched_sizes=True,
         id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     length = options.max_length or model.config.max_position_embeddings
 
     def encode(rows: list[dict]) -> Dataset:
-        """Documents or their pieces. The first token of a word has the word's number and tag, any other -1 and -100."""
+        """Tokenize documents or their pieces. A word's first token gets its number and tag; others get -1 and -100."""
         features = []
         for number, row in enumerate(rows):
             first = tokenizer(row["words"], is_split_into_words=True, truncation=True, max_length=length).encodings[0]
@@ -137,24 +137,24 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=transformers.DataCollatorForTokenClassification(tokenizer),
         callbacks=[transformers.EarlyStoppingCallback(options.patience)],
     )  # fmt: skip
-    # Before 4.48, transformers reads NumPy's random state by torch.load, which PyTorch 2.6 restricted.
+    # Before 4.48, transformers reads NumPy's random state with torch.load. Since PyTorch 2.6, this needs permission.
     torch.serialization.add_safe_globals([np.empty(0).__reduce__()[0], np.ndarray, np.dtype, np.dtypes.UInt32DType])
     trainer.train(resume_from_checkpoint=checkpoint)
     # The Trainer of transformers 5.0 leaves out layer norms when it loads the best model.
     model.load_state_dict(type(model).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
-    model.config.use_cache = True  # which the Trainer of transformers 5 has set to False
+    model.config.use_cache = True  # the Trainer of transformers 5 sets it to False
     trainer.save_model()
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
-    predicted = [["O"] * len(row["words"]) for row in test]  # also of words that were not read
+    predicted = [["O"] * len(row["words"]) for row in test]  # words that were not read stay O
     for piece, numbers in zip(data[2], result.predictions, strict=True):
-        for word, number in zip(piece["words"], numbers, strict=False):  # which are padded
+        for word, number in zip(piece["words"], numbers, strict=False):  # numbers are padded
             if word >= 0:
                 predicted[piece["row"]][word] = names[number]
     references = [row["tags"] for row in test]
     if not any(map(entities, predicted)):
-        print("warning: the model finds no entity at all: train longer, or with another --learning_rate")
+        print("warning: the model finds no entity at all: train longer, or change --learning_rate")
     if trainer.is_world_process_zero():
         Dataset.from_dict({"reference": references, "prediction": predicted}).to_json(output / "predictions.jsonl")
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}
@@ -166,4 +166,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the same command goes on from the last checkpoint")
+        sys.exit("\nstopped: run the same command again to resume from the last checkpoint")

@@ -1,8 +1,8 @@
-"""The first words for each widget example of the model card, as the Hub shows them, with and without trusting code.
+"""Print the model's first words for the model card's widget examples, as the Hub does, with and without remote code.
 
     python examples/widget.py
 
-With `trust_remote_code=True` the repository's own LSG-ALBERT answers; without, transformers' ALBERT reads the same files.
+`trust_remote_code=True` loads the repository's own LSG-ALBERT. Otherwise, transformers' ALBERT reads the same files.
 """
 
 import argparse
@@ -17,10 +17,10 @@ KINDS = {"`trust_remote_code=True`": {"trust_remote_code": True}, "plain": {}}
 
 
 def widget_texts(model: str) -> list[str]:
-    """The examples in the metadata of the card of `model`, a directory or an id on the Hub.
+    """The widget examples in the metadata of a model's card. `model` is a directory or an id on the Hub.
 
     Raises:
-        ValueError: the card has none.
+        ValueError: the card has no such examples.
     """
     card = ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
     texts = [example["text"] for example in card.data.get("widget") or [] if "text" in example]

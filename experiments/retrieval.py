@@ -1,10 +1,10 @@
-"""Search long documents by their vectors: one for the whole, one for each chunk, or late chunking.
+"""Search long documents by vectors: one for the whole document, one for each chunk, or late chunking.
 
     python -m experiments.retrieval DATA --source FOLDER --collections covid_qa --lengths 1024 2048 4096
 
-The source is a model of sentence-transformers that pools by the mean. Its conversion and all vectors are kept in --folder.
-OUTPUT.json holds the rank of the right document for every query, and is written after every system; started again, what is
-there is kept. OUTPUT.md is made from it.
+The source is a sentence-transformers model that pools by the mean. Its conversion and all vectors are kept in --folder.
+OUTPUT.json holds the rank of the right document for every query. It is written after every system, and a new run keeps
+what it holds. OUTPUT.md is made from it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from lsg_albert.conversion import convert_checkpoint
 from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from pretraining.training_support import describe_machine, write_atomically
 
-LATE = 8000  # characters before the answer, from which a query is about the later part
+LATE = 8000  # characters; a query is late if at least so many precede its answer
 PASSAGES = (128, 256, 512)  # tokens of a chunk, or of a passage in late chunking
 WHOLE = 16384  # tokens; few documents have more
-AT_ONCE = 8192  # tokens of chunks in a batch
+AT_ONCE = 8192  # tokens in a batch of chunks
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def qmsum(data: Path) -> Collection:
 
 
 def take_paragraph(text: str, generator: random.Random) -> tuple[str, str, int] | None:
-    """A text without a paragraph of its last third, that paragraph, and where it stood; None if there is none of 200 to 800
-    characters."""
+    """Take a paragraph of 200 to 800 characters from the last third of a text. Return the rest of the text, the
+    paragraph and the position where it stood; None if there is no such paragraph."""
     paragraphs = text.split("\n\n")
     starts = np.cumsum([0] + [len(each) + 2 for each in paragraphs])
     found = [i for i, each in enumerate(paragraphs) if 200 <= len(each) <= 800 and starts[i] >= len(text) * 2 / 3]
@@ -98,8 +98,8 @@ def take_paragraph(text: str, generator: random.Random) -> tuple[str, str, int] 
 
 
 def encyclopedia(data: Path) -> Collection:
-    """A paragraph from the last third of each of 100 articles, of 16,000 characters and more, against the articles without
-    it. The articles are among those that are kept out of training."""
+    """Find the article of a paragraph. The paragraphs are taken out of the last thirds of 100 articles of 16,000
+    characters or more. The articles are among those that are kept out of training."""
     names = {*(data / "corpus/HELDOUT_wikispeedia_ids.txt").read_text(encoding="utf-8").split()}
     rows = [row for row in read_lines(data / "corpus/wikispeedia.jsonl.gz") if row["id"] in names]
     generator, documents, queries = random.Random(0), [], []
@@ -116,8 +116,8 @@ COLLECTIONS = {"covid_qa": covid_qa, "qmsum": qmsum, "encyclopedia": encyclopedi
 
 @dataclass(frozen=True)
 class System:
-    """A way from documents to vectors: `length` tokens of a document are read in one pass or, where `chunked`, all of it in
-    chunks of that many. `fields` replace those of the model's config."""
+    """A way to turn documents into vectors. The model reads the first `length` tokens of a document in one pass or, if
+    `chunked`, the whole document in chunks of `length` tokens. `fields` replace fields of the model's config."""
 
     name: str
     model: Path
@@ -127,14 +127,14 @@ class System:
 
 
 def systems(args: argparse.Namespace) -> list[System]:
-    """What is compared, the most telling first."""
+    """The systems to compare, the most informative first."""
     source, lsg, long = Path(args.source), args.folder / "lsg", max(args.lengths)
 
     def converted(length: int, kind: str, block_size: int = 128, model: Path = lsg, name: str = "LSG") -> System:
         name = f"{name} {length:,}, {kind}" + (f", blocks of {block_size}" if block_size != 128 else "")
         return System(name, model, length, fields={"block_size": block_size, "sparsity_type": kind})
 
-    # A text of up to two blocks gets full attention, which is the source with its positions repeated.
+    # A text of up to two blocks gets full attention. That makes the model the source with repeated positions.
     full = {"block_size": long // 2, "sparsity_type": "none"}
     found = [System(f"source, cut at {length}", source, length) for length in (256, 512)]
     found += [converted(long, kind) for kind in ("none", "norm")]
@@ -157,14 +157,14 @@ def load(system: System, dtype: str) -> PreTrainedModel:
 
 
 def split(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Consecutive pieces of that many ids, the last one shorter; of no ids one empty piece."""
+    """Consecutive pieces of `length` ids; the last may be shorter. Without ids, there is one empty piece."""
     return [list(ids[i : i + length]) for i in range(0, max(len(ids), 1), length)]
 
 
 def states_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """The last states (tokens, hidden) of each piece of ids, in float32, [CLS] and [SEP] around it."""
+    """The last states (tokens, hidden) of each piece of ids, in float32. [CLS] and [SEP] enclose each piece."""
     rows = [torch.tensor([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]) for piece in pieces]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -173,7 +173,7 @@ def states_of(
 
 
 def passage_vectors(states: Tensor, size: int) -> Tensor:
-    """Late chunking (Günther et al., 2024, arXiv 2409.04701): the mean of each run of `size` states, at length 1.
+    """Late chunking (Günther et al., 2024, arXiv 2409.04701): the mean of each run of `size` states, scaled to length 1.
 
     Args:
         states: (tokens, hidden), of a whole document in one pass.
@@ -185,7 +185,7 @@ def passage_vectors(states: Tensor, size: int) -> Tensor:
 
 
 def encode_pass(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> dict:
-    """The vectors (vectors, hidden) of a document's first `length` tokens: one for all and, of many, of passages."""
+    """The vectors (vectors, hidden) of a document's first `length` tokens, and of its passages if `length` is large."""
     (states,) = states_of(model, tokenizer, [ids[: length - 2]])
     sizes = PASSAGES if length > max(PASSAGES) else ()
     late = {f"late chunking, {size}": passage_vectors(states, size) for size in sizes}
@@ -193,7 +193,7 @@ def encode_pass(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids:
 
 
 def encode_chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> dict:
-    """The vectors (vectors, hidden) of a document's chunks, each embedded alone, and the mean of them."""
+    """The vectors (vectors, hidden) of a document's chunks, each embedded alone, and their mean."""
     batches = split(split(ids, length - 2), AT_ONCE // length)
     states = [each for batch in batches for each in states_of(model, tokenizer, batch)]
     vectors = torch.cat([passage_vectors(each, len(each)) for each in states])
@@ -202,7 +202,7 @@ def encode_chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
 
 @torch.no_grad()
 def encode_queries(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> np.ndarray:
-    """The vectors (queries, hidden) of texts, of which 256 tokens are read."""
+    """The vectors (queries, hidden) of texts. The model reads up to 256 tokens of each."""
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=254)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     states = [each for batch in split(order, 32) for each in states_of(model, tokenizer, [ids[i] for i in batch])]
@@ -211,25 +211,25 @@ def encode_queries(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
 
 
 def rank_documents(queries: np.ndarray, documents: Sequence[np.ndarray], relevant: Sequence[int]) -> np.ndarray:
-    """The rank of each query's document, by the cosine of its nearest vector; of equal ones the worst.
+    """The rank of each query's document, by the cosine of its nearest vector. Ties get the worst rank.
 
     Args:
-        queries: (queries, hidden), of length 1, as all vectors.
+        queries: (queries, hidden), of length 1 like all vectors.
         documents: (vectors, hidden) of each document.
         relevant: the index of each query's document.
 
     Raises:
-        ValueError: a vector has a value that is no number.
+        ValueError: a vector has a value that is not finite.
     """
     scores = np.stack([(queries @ each.T).max(1) for each in documents], axis=1)
     if not np.isfinite(scores).all():
-        raise ValueError("A vector has a value that is not finite: no ranks can be told.")
+        raise ValueError("A vector has a value that is not finite, so the documents cannot be ranked.")
     return (scores >= scores[np.arange(len(queries)), relevant][:, None]).sum(1)
 
 
 def ndcg_at_10(ranks: np.ndarray) -> np.ndarray:
-    """Of queries with one right document each, the discounted cumulative gain among the first 10 (Järvelin and Kekäläinen,
-    2002), of which the best is 1."""
+    """The discounted cumulative gain of the first 10 documents (Järvelin and Kekäläinen, 2002), for queries with one
+    right document each. The best value is 1."""
     return np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
 
 
@@ -238,8 +238,8 @@ def recall_at_1(ranks: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of queries' values. Documents are resampled, with all their queries;
-    of a single one there is none."""
+    """The 95 % bootstrap interval of the mean of queries' values. Documents are resampled with all their queries. With
+    a single document, both ends are NaN."""
     groups = np.unique(documents, return_inverse=True)[1]
     data = np.bincount(groups, values), np.bincount(groups)
     if len(data[0]) < 2:
@@ -253,11 +253,11 @@ def interval(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
 def measure(
     system: System, dtype: str, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Sequence[int]]
 ) -> dict:
-    """The vectors of each document by the way they are read out, and what a document costs: CPU seconds (wall-clock time
-    would count other programs) and the peak of memory beyond the weights, in MiB (None where it is not known)."""
+    """The vectors of each document for each readout, and the cost of a document: CPU seconds (wall-clock time would
+    count other programs) and the peak of memory beyond the weights, in MiB (None if it is unknown)."""
     model, encode, vectors = load(system, dtype), encode_chunks if system.chunked else encode_pass, {}
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what the last system took
+    with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # frees what the last system took
     memory = Memory("cpu")
     memory.reset_peak()
     started = time.process_time()
@@ -269,18 +269,18 @@ def measure(
 
 
 def check_pooling(folder: Path) -> None:
-    """Refuse a model of sentence-transformers that does not pool by the mean, which is what is computed here.
+    """Refuse a sentence-transformers model that does not pool by the mean, since this script does.
 
     Raises:
         ValueError: the model pools in another way.
     """
     path = folder / "1_Pooling" / "config.json"
     if path.is_file() and not json.loads(path.read_text()).get("pooling_mode_mean_tokens", True):
-        raise ValueError(f"--source {folder} does not pool by the mean of all tokens: take a model that does.")
+        raise ValueError(f"--source {folder} does not pool by the mean of all tokens: choose a model that does.")
 
 
 LONG, WHOLLY, CHUNKS = "LSG 4,096, none: ", "LSG 16,384, none: ", "source, chunks of "
-COMPARED = [  # which of two is better, by a difference over the same queries
+COMPARED = [  # pairs of systems, to be compared by their difference over the same queries
     (LONG + "one vector", "source, cut at 512: one vector"),
     (LONG + "one vector", CHUNKS + "512: mean of chunks"),
     (LONG + "one vector", "LSG 4,096, norm: one vector"),
@@ -308,7 +308,7 @@ def mean_and_interval(values: np.ndarray, documents: np.ndarray, sign: str = "")
 
 
 def tables(rows: Sequence[dict], documents: np.ndarray, subsets: dict[str, np.ndarray]) -> list[str]:
-    """Markdown of nDCG@10 and recall@1 over subsets of the queries, in percent, and of differences in nDCG@10."""
+    """Markdown tables of nDCG@10 and recall@1 over subsets of queries, in percent, and of differences in nDCG@10."""
     heads = [
         "system",
         *(f"{metric}, {name}" for metric in ("nDCG@10", "recall@1") for name in subsets),
@@ -353,7 +353,7 @@ def report(results: dict) -> str:
 
 
 def write_results(output: Path, results: dict) -> None:
-    """The rows as JSON, one a line, and the tables."""
+    """Write the rows as JSON, one per line, and the tables as Markdown."""
     head = json.dumps({name: value for name, value in results.items() if name != "rows"})
     rows = ",\n".join(json.dumps(row) for row in results["rows"])
     write_atomically(output.with_suffix(".json"), f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'.encode())
@@ -361,7 +361,7 @@ def write_results(output: Path, results: dict) -> None:
 
 
 def describe(collection: Collection, lengths: Sequence[int]) -> dict:
-    """What the results say of a collection; lists have an entry for each query."""
+    """The description of a collection in the results. Lists have an entry for each query."""
     queries = collection.queries
     late = [query.position >= LATE for query in queries]
     described = (
@@ -373,7 +373,7 @@ def describe(collection: Collection, lengths: Sequence[int]) -> dict:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure what is not in the results yet."""
+    """Measure the systems that are not in the results yet."""
     source, lsg, path = Path(args.source), args.folder / "lsg", args.output.with_suffix(".json")
     check_pooling(source)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"collections": {}, "rows": []}
@@ -390,7 +390,7 @@ def run(args: argparse.Namespace) -> dict:
             if any(case.items() <= row.items() for row in results["rows"]):
                 continue
             print(*case.values(), file=sys.stderr)
-            # The conversion has made sure that it gives short texts the source's vectors.
+            # The conversion checked that short texts get the source's vectors.
             asked = System("", source, 256) if system.model == lsg else system
             if asked.model not in queries:
                 texts = [query.text for query in collection.queries]
@@ -418,22 +418,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     folder = Path("runs/retrieval")
     parser.add_argument("data", type=Path, help="folder with qa/, summarization/ and corpus/")
-    parser.add_argument("--source", required=True, help="folder with a model of sentence-transformers")
-    parser.add_argument("--output", type=Path, default=folder / "results", help=".json and .md are appended")
-    parser.add_argument("--folder", type=Path, default=folder, help="for the conversion and the vectors")
     parser.add_argument(
-        "--collections", nargs="+", choices=list(COLLECTIONS), default=list(COLLECTIONS), help="what to search"
+        "--source", required=True, default=argparse.SUPPRESS, help="folder of a sentence-transformers model"
+    )
+    parser.add_argument("--output", type=Path, default=folder / "results", help="path without .json and .md")
+    parser.add_argument("--folder", type=Path, default=folder, help="folder for the conversion and the vectors")
+    parser.add_argument(
+        "--collections", nargs="+", choices=list(COLLECTIONS), default=list(COLLECTIONS), help="collections to search"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens that the conversion reads")
-    parser.add_argument("--systems", nargs="+", default=[""], help="only those with one of these in their name")
-    parser.add_argument("--all", action="store_true", help="every selection, blocks of 256, every length")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
-    parser.add_argument(
-        "--trained-lsg",
-        type=Path,
-        help="folder trained-... that experiments.retrieval_training made of the conversion",
-    )
-    parser.add_argument("--trained-source", type=Path, help="folder trained-... that it made of the source")
+    parser.add_argument("--systems", nargs="+", default=[""], help="only systems with one of these in their names")
+    parser.add_argument("--all", action="store_true", help="add every selection, blocks of 256 and every length")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="data type of the models")
+    parser.set_defaults(trained_lsg=None, trained_source=None)  # SUPPRESS below leaves them out of the help
+    for option, model in (("--trained-lsg", "the conversion"), ("--trained-source", "the source")):
+        text = f"folder trained-... that experiments.retrieval_training made from {model} (default: none)"
+        parser.add_argument(option, type=Path, default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(argv)
     try:
         print(report(run(args)))

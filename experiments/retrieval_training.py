@@ -1,10 +1,10 @@
-"""Train an embedder on the questions of whole papers, so that the paper of a question is found among the others of a batch.
+"""Train an embedder to find the paper that a question is about among the other papers of a batch.
 
     python -m experiments.retrieval_training DATA --model runs/retrieval/lsg --output runs/retrieval/trained-lsg --bf16
     python -m experiments.retrieval_training DATA --model SOURCE --chunked --output runs/retrieval/trained-source --bf16
 
-Documents are those of COVID-QA's training split. Both the one vector of a document and its best passage of 128 tokens, by
-late chunking, are to be near its questions; with `--chunked`, the mean of its chunks and the best of them.
+The documents are those of COVID-QA's training split. Training moves the one vector of a document and its best passage of
+128 tokens (late chunking) towards its questions. With `--chunked`, it moves the mean of the chunks and the best chunk.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.nn.functional import cross_entropy, normalize
 from experiments.retrieval import PASSAGES, covid_qa, encode_chunks, encode_pass
 from pretraining.training_support import describe_machine, write_atomically
 
-SCALE = 20.0  # of cosines, that of sentence-transformers' MultipleNegativesRankingLoss
+SCALE = 20.0  # scale of cosines, as in sentence-transformers' MultipleNegativesRankingLoss
 PASSAGE = 128  # tokens
 
 
 def training_rows(data: Path, epochs: int, questions: int) -> list[dict[str, str]]:
-    """Each training document once an epoch, each time with questions drawn among its own."""
+    """Each training document once per epoch, each time with random questions from its own."""
     collection, generator, rows = covid_qa(data), random.Random(0), []
     for _ in range(epochs):
         for number, document in enumerate(collection.documents):
@@ -48,10 +48,10 @@ def training_rows(data: Path, epochs: int, questions: int) -> list[dict[str, str
 
 
 class PassageLoss(torch.nn.Module):
-    """The cross-entropy of the right document by its one vector, and by its best passage, of which the mean is taken.
+    """The mean of two cross-entropies of the right document: by its one vector and by its best passage.
 
-    Negatives are the other documents of the batch and, since few long documents fit into one, the vectors of those of past
-    batches (cross-batch memory: Wang et al., 2020, arXiv 1912.06798). Documents go through the model one by one."""
+    Negatives are the other documents of the batch. Few long documents fit into a batch, so vectors of past batches are
+    negatives, too (cross-batch memory: Wang et al., 2020, arXiv 1912.06798). The model reads documents one by one."""
 
     def __init__(self, model: SentenceTransformer, chunked: bool):
         super().__init__()
@@ -77,19 +77,19 @@ class PassageLoss(torch.nn.Module):
 
 
 def best_scores(asked: Tensor, documents: list[Tensor]) -> Tensor:
-    """The cosine (questions, documents) of the vector of each document that is nearest."""
+    """The cosine (questions, documents) between each question and the nearest vector of each document."""
     return torch.stack([(asked @ vectors.T).amax(1) for vectors in documents], dim=1)
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, and write the model with `training.json` beside it.
+    """Train, and write the model with `training.json` in its folder.
 
     Raises:
-        ValueError: documents are too short for late chunking.
+        ValueError: `--length` is too short for late chunking.
     """
     if args.length <= max(PASSAGES):
         raise ValueError(
-            f"--length {args.length} is too short for passages of up to {max(PASSAGES)} tokens: give more."
+            f"--length {args.length} is too short for passages of up to {max(PASSAGES)} tokens: give a larger one."
         )
     model = SentenceTransformer(
         args.model, trust_remote_code=not args.chunked, device="cpu", config_kwargs=json.loads(args.config)
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
     trainer = SentenceTransformerTrainer(model, options, train_dataset=rows, loss=PassageLoss(model, args.chunked))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     trainer.train()
-    with torch.no_grad():  # the mean of both often generalizes better (Wortsman et al., 2022, arXiv 2109.01903)
+    with torch.no_grad():  # a mean of old and new often generalizes better (Wortsman et al., 2022, arXiv 2109.01903)
         for parameter, old in zip(model.parameters(), before, strict=True):
             parameter.lerp_(old, args.keep)
     model.max_seq_length = usual
@@ -122,22 +122,22 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("data", type=Path, help="folder with qa/covid_qa/")
-    parser.add_argument("--model", required=True, help="folder with a model of sentence-transformers")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
     parser.add_argument(
-        "--chunked", action="store_true", help="embed chunks alone, as a model for short texts needs it"
+        "--model", required=True, default=argparse.SUPPRESS, help="folder of a sentence-transformers model"
     )
+    parser.add_argument(
+        "--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder for the trained model"
+    )
+    parser.add_argument("--chunked", action="store_true", help="embed each chunk alone, for models of short texts")
     parser.add_argument("--config", default="{}", help="fields of the model's config to replace, as JSON")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a document")
+    parser.add_argument("--length", type=int, default=4096, help="tokens to read from a document")
     parser.add_argument("--epochs", type=int, default=1, help="how often each document is read")
-    parser.add_argument("--questions", type=int, default=8, help="of each document in a batch")
-    parser.add_argument("--batch-size", type=int, default=4, help="documents")
-    parser.add_argument("--max-steps", type=int, default=-1, help="end here, whatever the epochs; -1 for no such end")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the highest, after a tenth of the steps")
-    parser.add_argument(
-        "--keep", type=float, default=0.0, help="share of the weights before training in those after it"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
+    parser.add_argument("--questions", type=int, default=8, help="questions for each document in a batch")
+    parser.add_argument("--batch-size", type=int, default=4, help="documents in a batch")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps; -1: only --epochs counts")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="peak, reached after a tenth of the steps")
+    parser.add_argument("--keep", type=float, default=0.0, help="share of the old weights in the final ones")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the order of documents")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     args = parser.parse_args(argv)
     try:

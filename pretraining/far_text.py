@@ -3,8 +3,8 @@
     python -m pretraining.far_text CORPUS ... --exclude-ids HELD_OUT ... --model . --output runs/far_text
 
 Both measurements compare the same predictions with and without the distant text, for every selection of sparse tokens.
-The attention mask hides the distant text, or it is left out. The script writes ``OUTPUT.json`` after every row, and
-``OUTPUT.md`` at the end.
+The attention mask hides the first half; the statement with the name is left out. The script writes ``OUTPUT.json``
+after every row, and ``OUTPUT.md`` at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = "james mary george anna henry alice charles jane william robert edward e
 
 
 def second_half(segments: Segments, window: int) -> Segments:
-    """The same text, where only tokens in its second half are predicted, at least `window` tokens after the first."""
+    """The same text, but only tokens at least `window` tokens into its second half are predicted."""
     labels = segments.labels.copy()
     labels[:, : labels.shape[1] // 2 + window] = IGNORED
     return dataclasses.replace(segments, labels=labels)
@@ -154,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.length <= SPECIAL or args.segments < 1:
-        parser.error(f"--length must be above {SPECIAL}, --segments at least 1")
+        parser.error(f"--length must be above {SPECIAL}, and --segments must be at least 1")
     return args
 
 

@@ -31,12 +31,12 @@ from pretraining.training_support import copy_tokenizer
 
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
-WORD_START, CONTINUED = "▁", "##"  # of sentencepiece's and of WordPiece's pieces
+WORD_START, CONTINUED = "▁", "##"  # prefixes of sentencepiece and WordPiece pieces
 SPECIAL = ("pad_token_id", "unk_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
 def source_ids(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """For each sentencepiece piece, the ids of the source's pieces that stand for it; none for a lone word start.
+    """For each sentencepiece piece, the ids of the source's pieces that stand for it. A lone word start has none.
 
     Inside a word, WordPiece marks pieces of letters with a prefix, but never punctuation.
     """
@@ -55,7 +55,7 @@ def transplant_vectors(vectors: Tensor, source: PreTrainedTokenizerBase, target:
         source, target: the tokenizers of both vocabularies; the target's is a sentencepiece vocabulary.
 
     Returns:
-        Shape (target vocabulary, size). Special tokens are matched by their role. A piece without counterpart in
+        Shape (target vocabulary, size). Special tokens are matched by their role. A piece without a counterpart in
         the source gets the mean of all vectors.
     """
     pieces = target.convert_ids_to_tokens(list(range(len(target))))
@@ -69,14 +69,14 @@ def transplant_vectors(vectors: Tensor, source: PreTrainedTokenizerBase, target:
 
 
 def albert_config(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AlbertConfig:
-    """The configuration of an ALBERT with the encoder's sizes and that tokenizer's vocabulary.
+    """The configuration of an ALBERT with the encoder's sizes and the tokenizer's vocabulary.
 
     Raises:
         ValueError: the encoder does not belong to a family that can be converted.
     """
     family = FAMILIES.get(encoder.config.model_type)
     if family is None:
-        raise ValueError(f"the source is a {encoder.config.model_type!r} model: must be one of {CONVERTIBLE}.")
+        raise ValueError(f"the source is a {encoder.config.model_type!r} model; it must be one of {CONVERTIBLE}.")
     fields = family.albert_fields(encoder.config.to_dict())
     known = AlbertConfig().to_dict().keys() - {"architectures", "model_type", "transformers_version", "dtype"}
     special = {
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="directory of an encoder of the BERT family, with its tokenizer")
     parser.add_argument("output", type=Path, help="directory to write the ALBERT into")
-    parser.add_argument("--tokenizer", required=True, help="directory of the new vocabulary")
+    parser.add_argument("--tokenizer", required=True, help="directory with the tokenizer of the new vocabulary")
     args = parser.parse_args(argv)
     try:
         source, target = AutoTokenizer.from_pretrained(args.source), AutoTokenizer.from_pretrained(args.tokenizer)

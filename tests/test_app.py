@@ -136,11 +136,11 @@ def test_find_word_finds_whole_words(word, occurrence, expected):
     ("text", "word", "occurrence", "message"),
     [
         (" \n", "", 1, "no text yet"),
-        ("A ship.", "", 1, r"does not have “\[MASK\]”: choose a word that it has"),
-        ("A ship.", "shi", 1, "does not have “shi”"),
-        ("A ship.", "ship", 2, "has “ship” only once: there is no number 2"),
-        ("A ship, a ship.", "ship", 3, "has “ship” only 2 times: there is no number 3"),
-        ("A ship.", "ship", 0, "no number 0"),
+        ("A ship.", "", 1, r"does not contain “\[MASK\]”: choose a word from the text"),
+        ("A ship.", "shi", 1, "does not contain “shi”"),
+        ("A ship.", "ship", 2, "has “ship” only once: there is no occurrence 2"),
+        ("A ship, a ship.", "ship", 3, "has “ship” only 2 times: there is no occurrence 3"),
+        ("A ship.", "ship", 0, "no occurrence 0"),
     ],
 )
 def test_find_word_says_what_is_wrong(text, word, occurrence, message):
@@ -189,7 +189,7 @@ def test_read_cuts_a_text_and_says_so(loaded):
     assert f"model reads {LIMIT}: it did not see the last {reading.length - LIMIT:,}" in render.render_reading(reading)
     assert "was cut" not in render.render_reading(guess.read(*loaded, TEXT))
     assert "last" not in visible_text(render.render_tokens(reading, reading.rows[0, 0])).split("global token 2")[1]
-    with pytest.raises(ValueError, match=rf"stands behind the first {LIMIT} tokens"):
+    with pytest.raises(ValueError, match=rf"comes after the first {LIMIT} tokens"):
         guess.read(*loaded, text, occurrence=2)
 
 
@@ -801,7 +801,7 @@ def test_page_searches_in_pasted_and_uploaded_texts(page, embedder, tmp_path):
     upload(page, tmp_path / "bad.txt", button="#files")
     wait_for(lambda: "“bad.txt” cannot be read" in page.inner_text("#search-notice"))
     page.click("#clear")
-    wait_for(lambda: page.inner_text("#documents") == "No text was added yet.")
+    wait_for(lambda: page.inner_text("#documents") == "No text has been added yet.")
     page.click("#search")
     wait_for(lambda: "There is no text to search in" in page.inner_text("#search-notice"))
     page.fill("#question textarea, #question input", " ")

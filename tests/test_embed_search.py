@@ -190,7 +190,7 @@ def test_text_files_and_data_sets_and_compressed_rows_are_documents(model, texts
         (['{"id": "a", "body": "sea"}'], "line 1: .*KeyError.'text'"),
         (['{"id": "a", "text": 5}'], "line 1: .*AttributeError"),
         (['{"id": "a", "text": " "}'], "line 1: .*the text is empty"),
-        (['{"id": "a", "text": "sea"}', '{"id": "a", "text": "it"}'], "line 2: .*'a' is the id of another one, too"),
+        (['{"id": "a", "text": "sea"}', '{"id": "a", "text": "it"}'], "line 2: .*'a' is the id of another row, too"),
         ([], ": no documents"),
     ],
 )
@@ -206,11 +206,11 @@ def test_files_and_models_and_options_that_are_not_right_are_named(model, docume
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
     for arguments, reason in (
-        (command(tmp_path / "none.jsonl", model, tmp_path / "run"), "none.jsonl, as a whole: .*FileNotFoundError"),
+        (command(tmp_path / "none.jsonl", model, tmp_path / "run"), "none.jsonl, all rows: .*FileNotFoundError"),
         (command(latin, model, tmp_path / "run"), "latin.txt, latin.txt: .*UnicodeDecodeError"),
         (command(documents, tmp_path / "none", tmp_path / "run"), "--model .*none cannot be loaded: "),
         (command(documents, model, tmp_path / "run", "--part_size", "0"), "--part_size.* must be at least 1"),
-        (command(documents, model, output, "--max_length", "20"), "part-0000.*of another model or options: choose"),
+        (command(documents, model, output, "--max_length", "20"), "part-0000.*another model or other options: choose"),
         (command(documents, model, output, "--part_size", "3"), "part-0000.*other documents"),
     ):
         with pytest.raises(SystemExit, match=reason) as stopped:
@@ -260,7 +260,7 @@ def test_embeddings_of_another_model_are_refused(model, output, tmp_path, capsys
     settings.write_text(
         settings.read_text().replace('"pooling_mode_cls_token": false', '"pooling_mode_cls_token": true')
     )
-    with pytest.raises(SystemExit, match="was made by another model than .*moved is now"):
+    with pytest.raises(SystemExit, match="was made by .*model.*moved is another model or has changed"):
         search.main(["--embeddings", str(output), "--model", str(moved), "--query", "sea"])
 
 
@@ -275,11 +275,11 @@ def test_embeddings_that_are_not_whole_are_refused(model, output, tmp_path):
     (damaged / "part-00002.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty").mkdir()
     for folder, reason in (
-        (part, "2 of 3 parts: embed.py has not ended"),
-        (mixed, "of several models"),
-        (damaged, "has no embeddings by embed.py"),
-        (tmp_path / "empty", "has no embeddings by embed.py"),
-        (tmp_path / "none", "has no embeddings by embed.py"),
+        (part, "2 of 3 parts: embed.py is not done"),
+        (mixed, "from several models"),
+        (damaged, "has no embeddings from embed.py"),
+        (tmp_path / "empty", "has no embeddings from embed.py"),
+        (tmp_path / "none", "has no embeddings from embed.py"),
     ):
         with pytest.raises(SystemExit, match=reason) as stopped:
             search.main(["--embeddings", str(folder), "--model", str(model), "--query", "sea"])

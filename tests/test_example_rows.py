@@ -112,7 +112,7 @@ BAD = {
     "a quote that is not closed": ("rows.csv", b'text,label\nb,y\n"a,x\nb,y\n', "after line 2: unexpected end of data"),
     "text behind a quote": ("rows.csv", b'text,label\na,x\n"b" c,y\n', "after line 2: ',' expected"),
     "a column named twice": ("rows.csv", b"text,label,label\na,x,y\n", "line 1: a column is named twice"),
-    "a list in a table": ("rows.csv", b'text,label\na,"[""x"", ""y""]"\n', "line 2: '[\"x\", \"y\"]' is not a label (in JSON lines, or a list of them)"),
+    "a list in a table": ("rows.csv", b'text,label\na,"[""x"", ""y""]"\n', "line 2: '[\"x\", \"y\"]' is not a label (JSON lines may have lists of labels)"),
     "a vector": ("rows.jsonl", b'{"text": "a", "label": [1, 0, 0]}\n', "line 1: [1, 0, 0] is not a label"),
     "no label": ("rows.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2"),
     "an empty label": ("rows.jsonl", b'{"text": "a", "label": ""}\n', "line 1: '' is not a label"),

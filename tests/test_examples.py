@@ -117,7 +117,7 @@ def test_plot_attention_draws_every_kind_of_key(repository, tmp_path, capsys):
     assert "last layer, first head" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         plot_attention.main(command)
-    assert "attn.png is there already" in capsys.readouterr().err
+    assert "attn.png exists; choose another --output" in capsys.readouterr().err
     command.append("--overwrite")
     weights, num_globals, which = plot_attention.attention_map(
         plot_attention.parse_args([*command, "--layer", "0", "--head", "2"]), path.read_text()

@@ -311,3 +311,4 @@ def test_every_option_has_a_help_text(training, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             command([])
     assert [action.dest for parser in parsers for action in parser._actions if not action.help] == []
+    assert not any("None" in parser.format_help() for parser in parsers)

@@ -329,7 +329,7 @@ def test_a_stopped_run_goes_on_in_a_new_process(name, command, finished, tmp_pat
         status, printed = stop_by_signal(arguments, output, SIGNALS[name])
         if name == "classify":
             assert status == 1 and "Traceback" not in printed
-            assert printed.endswith("\nstopped: the same command goes on from the last checkpoint\n")
+            assert printed.endswith("\nstopped: run the same command again to resume from the last checkpoint\n")
     else:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Trainer, "training_step", kill_at(11))

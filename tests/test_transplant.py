@@ -92,5 +92,5 @@ def test_a_source_that_is_not_whole_is_one_line(lost, tmp_path, capsys):
 
 def test_other_encoders_are_refused(source, target):
     config = T5Config(vocab_size=len(WORDS), d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1)
-    with pytest.raises(ValueError, match="'t5' model: must be one of ALBERT, BERT"):
+    with pytest.raises(ValueError, match="'t5' model; it must be one of ALBERT, BERT"):
         transplant.transplant(T5EncoderModel(config), source, target)

@@ -1,10 +1,10 @@
-"""Try the model in the browser: the guesses for a masked word, the tokens that it attended to, and a search by meaning.
+"""Try the model in a browser: see its guesses for a masked word and the tokens it attended to, or search by meaning.
 
     python examples/app/app.py
     python examples/app/app.py --model my-lsg-albert --embedder my-lsg-embedder --port 8000
 
-Needs gradio (`pip install ".[app]"`). Only this machine reaches the page, and nothing leaves it, unless --host or --share
-asks for that.
+Needs gradio (`pip install ".[app]"`). Only this machine can open the page, and no data leaves it, unless you give
+--host or --share.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from search import load_embedder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_FILE_SIZE = "5mb"
-PORTS = range(7860, 7960)  # the first free one is taken where none is given
+PORTS = range(7860, 7960)  # without --port, the first free one is taken
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT), help="directory or Hub id (default: this repository)")
     parser.add_argument(
-        "--embedder", help="directory or Hub id of a model of sentence-transformers, to search with (default: none)"
+        "--embedder", help="directory or Hub id of a sentence-transformers model for the search (default: none)"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="let gradio make a public address for it")
+    parser.add_argument("--share", action="store_true", help="let gradio create a public address for the page")
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         parser.error(f"--port must be from 1 to 65535, got {args.port}")
@@ -43,10 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def free_port(host: str, ports: Iterable[int]) -> int:
-    """The first port that can be listened on at an address.
+    """The first of some ports on which this machine can listen at an address.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such port.
     """
     for port in ports:
         try:
@@ -78,20 +78,20 @@ def main(argv: list[str] | None = None) -> int:
         reason = " ".join(str(error).split())
         print(f"app: cannot load {option} {getattr(args, option[2:])}: {reason}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, uploads are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated app removes its uploads, too
     with tempfile.TemporaryDirectory(prefix="lsg_albert_app_") as uploads:
-        # Read when gradio is imported, and later.
+        # gradio reads these when it is imported, and later.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=uploads)
         from page import THEME, build
 
-        # All is said here, so that no variable of gradio's can open the page to others. It keeps no history.
+        # Every option is set here, so that no variable of gradio opens the page to others. No history is kept.
         blocks = build(model, tokenizer, embedder)
         _, url, public_url = blocks.launch(
             server_name=args.host, server_port=port, share=args.share, max_file_size=MAX_FILE_SIZE,
             run_history=False, ssr_mode=False, mcp_server=False, theme=THEME, footer_links=[], quiet=True,
             prevent_thread_lock=True,
         )  # fmt: skip
-        print(f"Open {public_url or url} in a browser; Ctrl+C ends it.", flush=True)
+        print(f"Open {public_url or url} in a browser; Ctrl+C stops the app.", flush=True)
         blocks.block_thread()
     return 0
 

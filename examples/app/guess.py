@@ -1,6 +1,6 @@
-"""What the model makes of a masked word: its guesses, and the weights with which the word attended to each token.
+"""Let the model guess a masked word, and collect the weights with which the word attended to each token.
 
-These are the model's own weights, taken from the very pass that made the guesses.
+These are the model's own weights, from the pass that made the guesses.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-KINDS = ("local", "sparse", "global")  # of tokens, and their classes in style.css
+KINDS = ("local", "sparse", "global")  # of attention to a token; also the classes in style.css
 NOT_SEEN = "not seen"
 MEAN = "mean"
 TOP_K = 10
 
 
 class Reading(NamedTuple):
-    """What the model made of a text, in which one masked token was chosen.
+    """The result of reading a text in which one masked token was chosen.
 
     Args:
-        text: as it was read, the chosen word masked.
-        spans: for each token that was read, its first character and the one behind its last; the same for [CLS], [SEP].
-        length: tokens of the whole text; more than there are spans where it was cut.
+        text: the text as it was read, with the chosen word masked.
+        spans: for each token that was read, its first character and one past its last; empty for [CLS], [SEP].
+        length: tokens of the whole text; more than the number of spans if the text was cut.
         chosen: index of the chosen token.
-        predictions: guesses for it and their probabilities, best first.
-        answer: the word that was masked, its probability, and its rank from 1; None where it was [MASK] before, or is
-            more than one token.
+        predictions: guesses for the chosen token with their probabilities, best first.
+        answer: the word that was masked, its probability, and its rank from 1; None if the text had [MASK] there, or
+            if the word has several tokens.
         rows: (layers, heads, globals + tokens), the weights with which the chosen token attended to each.
         num_globals: how many global tokens come first in `rows`.
         block_size: tokens per block of the pattern.
-        seconds: what it took.
+        seconds: the time that it took to read the text.
     """
 
     text: str
@@ -52,34 +52,34 @@ class Reading(NamedTuple):
 
 
 def places_of_word(text: str, word: str, mask_token: str) -> list[tuple[int, int]]:
-    """Where the text has a whole word, in whatever case, or [MASK]."""
+    """The spans of a whole word, in any case, or of [MASK] in the text."""
     before, after = ("", "") if word == mask_token else (r"(?<!\w)", r"(?!\w)")
     return [match.span() for match in re.finditer(before + re.escape(word) + after, text, re.IGNORECASE)]
 
 
 def find_word(text: str, word: str, occurrence: int, mask_token: str) -> tuple[int, int]:
-    """Where the text has a word for the n-th time; no word means [MASK].
+    """The span of the n-th occurrence of a word in the text; an empty word means [MASK].
 
     Raises:
-        ValueError: it does not.
+        ValueError: the text does not have it.
     """
     if not text.strip():
         raise ValueError("There is no text yet: paste one, or upload a file.")
     word = word.strip() or mask_token
     places = places_of_word(text, word, mask_token)
     if not places:
-        raise ValueError(f"The text does not have “{word}”: choose a word that it has.")
+        raise ValueError(f"The text does not contain “{word}”: choose a word from the text.")
     if not 1 <= occurrence <= len(places):
         times = "once" if len(places) == 1 else f"{len(places):,} times"
-        raise ValueError(f"The text has “{word}” only {times}: there is no number {occurrence:,}.")
+        raise ValueError(f"The text has “{word}” only {times}: there is no occurrence {occurrence:,}.")
     return places[occurrence - 1]
 
 
 def selected_word(text: str, selection: tuple[int, int], mask_token: str) -> tuple[str, int] | None:
-    """The word that is selected, and which of its occurrences that is; None where it is not exactly one word.
+    """The selected word and the number of its occurrence; None if the selection is not exactly one word.
 
-    Browsers count in UTF-16: a character beyond the first 65,536 is two of theirs. Some systems add the space behind a
-    word to it, and a double click on [MASK] leaves its brackets out.
+    Browsers count in UTF-16, where a character beyond the first 65,536 counts twice. Some systems also select the
+    space after a word, and a double click on [MASK] leaves out its brackets.
     """
     encoded = text.encode("utf-16-le", "surrogatepass")
     start, end = (len(encoded[: 2 * i].decode("utf-16-le", "ignore")) for i in selection)
@@ -99,17 +99,17 @@ def selected_word(text: str, selection: tuple[int, int], mask_token: str) -> tup
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """The model and its tokenizer.
+    """Load the model and its tokenizer.
 
     Raises:
-        OSError, ValueError: there is none, or it is of another kind.
+        OSError, ValueError: the model does not exist, or is of another kind.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)
     if type(model).__name__ != "LSGAlbertForMaskedLM":
         raise ValueError(f"it holds a {type(model).__name__}, not an LSGAlbertForMaskedLM")
     if not tokenizer.is_fast:
-        raise ValueError("its tokenizer does not tell which characters a token is of: it needs a tokenizer.json")
+        raise ValueError("its tokenizer cannot tell which characters a token covers: add a tokenizer.json")
     return model.float().eval().requires_grad_(False), tokenizer
 
 
@@ -117,8 +117,8 @@ def load(name: str) -> tuple[Any, Any]:
 def attention_rows(model: Any, token: int) -> Iterator[list[Tensor]]:
     """Collect the weights with which the text's token number `token` attends, for a batch of one text.
 
-    A context is the sum of the values under these weights, so they are its derivative by the values. That is exact for
-    every selection of sparse tokens, and takes about as much memory as a pass, where whole maps would be quadratic.
+    A context is the sum of the values times these weights, so its derivative by the values gives the weights. This is
+    exact for every selection of sparse tokens. It needs about the memory of a pass; whole maps need quadratic memory.
 
     Yields:
         A list that gets (heads, globals + length [+ padding]) from every layer in turn.
@@ -127,7 +127,7 @@ def attention_rows(model: Any, token: int) -> Iterator[list[Tensor]]:
     values: list[Tensor] = []
     num_heads, place = model.config.num_attention_heads, model.config.num_global_tokens + token
 
-    def by_head(x: Tensor) -> Tensor:  # whether a batch or listed by blocks: (tokens, heads, head size)
+    def by_head(x: Tensor) -> Tensor:  # from a batch or a list of blocks to (tokens, heads, head size)
         return x.reshape(-1, num_heads, x.shape[-1] // num_heads)
 
     def before(module: Any, args: Any, value: Tensor) -> Tensor:
@@ -152,10 +152,10 @@ def attention_rows(model: Any, token: int) -> Iterator[list[Tensor]]:
 
 
 def read(model: Any, tokenizer: Any, text: str, word: str = "", occurrence: int = 1, top_k: int = TOP_K) -> Reading:
-    """Mask a word of the text, or choose a [MASK] in it, and let the model read it, cut to what it can read.
+    """Mask a word of the text, or choose a [MASK] in it. Let the model read the text, cut to the model's maximum.
 
     Raises:
-        ValueError: there is no such word, or it was cut off.
+        ValueError: the text does not have this word, or the word was cut off.
     """
     began = time.perf_counter()
     mask = tokenizer.mask_token
@@ -169,8 +169,8 @@ def read(model: Any, tokenizer: Any, text: str, word: str = "", occurrence: int 
     number = masked[:start].count(mask)
     if number >= len(masks):
         raise ValueError(
-            f"“{text[start:end]}” stands behind the first {limit:,} tokens, and the model reads no more: "
-            "choose an earlier word, or a shorter text."
+            f"“{text[start:end]}” comes after the first {limit:,} tokens, and the model reads no more: "
+            "choose an earlier word or a shorter text."
         )
     chosen = masks[number]
     with attention_rows(model, chosen) as rows:
@@ -193,24 +193,24 @@ def read(model: Any, tokenizer: Any, text: str, word: str = "", occurrence: int 
 
 
 def ids_of_span(tokenizer: Any, text: str, start: int, end: int) -> list[int]:
-    """The tokens that some characters of a text are in."""
+    """The ids of the tokens that have a character between `start` and `end`."""
     inputs = tokenizer(text, verbose=False, return_offsets_mapping=True)
     pairs = zip(inputs["input_ids"], inputs["offset_mapping"], strict=True)
     return [token_id for token_id, (first, last) in pairs if first < end and last > start]
 
 
-# What it attended to
+# What the word attended to
 
 
 def chosen_row(reading: Reading, layer: int | str, head: int | str) -> Tensor:
-    """The weights (globals + tokens) of a layer and a head, from 0, or their mean."""
+    """The weights (globals + tokens) of a layer and a head. Both count from 0; `MEAN` takes the mean of all."""
     rows = reading.rows.mean(0) if layer == MEAN else reading.rows[layer]
     return rows.mean(0) if head == MEAN else rows[head]
 
 
 def kinds_of_keys(weights: Tensor, chosen: int, num_globals: int, block_size: int) -> list[str]:
-    """How the chosen token attended to each of the globals and tokens: as the pattern has it, which looks at all of
-    its block and the two beside it, and beyond these at sparse tokens only. Where no weight is, it did not look."""
+    """How the chosen token attended to each global and each token, by the pattern: all tokens of its own block and the
+    two blocks beside it are local, and those further away are sparse. A token without weight was not seen."""
     blocks = [token // block_size for token in range(len(weights) - num_globals)]
     kinds = ["global"] * num_globals
     kinds += ["local" if abs(block - chosen // block_size) <= 1 else "sparse" for block in blocks]

@@ -20,13 +20,13 @@ from texts import EXAMPLE, EXAMPLE_QUESTION, EXAMPLE_WORD, LONG_EXAMPLE, name_of
 
 STYLE = Path(__file__).resolve().with_name("style.css").read_text(encoding="utf-8")
 CHOOSE_HINT = (
-    "Choose a word and press **Guess**: you see what the model would put there and which tokens it looked at. Double-click "
-    "a word to choose it. On a touch screen, press and hold it; by keyboard, put the cursor in front of it and press "
-    "Ctrl+Shift+→ (Option+Shift+→ on a Mac)."
+    "Choose a word and press **Guess** to see what the model would put there and which tokens it looked at. "
+    "Double-click a word to choose it. On a touch screen, press and hold it. With the keyboard, put the cursor in front of "
+    "it and press Ctrl+Shift+→ (Option+Shift+→ on a Mac)."
 )
 SEARCH_HINT = (
-    "Add texts and ask a question in your own words: the passages that are nearest to it in meaning come first. Each text "
-    "is read as a whole, so that a passage is understood from what stands around it."
+    "Add texts and ask a question in your own words. The passages nearest to the question in meaning come first. The "
+    "model reads each text as a whole, so it understands a passage from the text around it."
 )
 NO_EMBEDDER = f"This needs an embedding model. Make one, and start the page with it:\n```shell\n{MAKE_EMBEDDER}\n```"
 SCROLL_TO_CHOSEN = """() => setTimeout(() => {
@@ -48,7 +48,7 @@ def build(model: Any, tokenizer: Any, embedder: Any = None) -> gr.Blocks:
     with gr.Blocks(title="LSG-ALBERT", analytics_enabled=False) as blocks:
         html(f"<style>{STYLE}</style>")
         gr.Markdown("# LSG-ALBERT")
-        with gr.Tab("Guess"):  # short, or a telephone hides the other one
+        with gr.Tab("Guess"):  # a longer title hides the other tab on a telephone
             guess_tab(model, tokenizer)
         with gr.Tab("Search in long documents"):
             if embedder is None:
@@ -115,7 +115,7 @@ def guess_tab(model: Any, tokenizer: Any) -> None:
     results = [reading, notice, predictions, tokens, strongest]
     nothing_read = dict(zip(results, (None, "", "", "", ""), strict=True))
     text.select(choose, [text], [word, occurrence], show_progress="hidden", **PRIVATE)
-    file.click(None, None, [notice], js="() => ''")  # the browser itself may refuse the file
+    file.click(None, None, [notice], js="() => ''")  # clears it, since the browser itself may refuse the file
     file.upload(upload, [file], [text, occurrence, *results], **PRIVATE)
     example.click(
         lambda: {text: LONG_EXAMPLE.replace("[MASK]", mask), word: mask, occurrence: 1} | nothing_read,
@@ -133,7 +133,7 @@ def guess_tab(model: Any, tokenizer: Any) -> None:
 
 def search_tab(embedder: Any) -> None:
     def add(documents: list[Document], texts: list[tuple[str, str]]) -> list[Document]:
-        """The documents and some more; a text that is there already is not added again."""
+        """Add texts to the documents, but none that is already there."""
         for name, text in texts:
             if all(text != document.text for document in documents):
                 documents = [*documents, read_document(embedder, name, text)]
@@ -156,7 +156,7 @@ def search_tab(embedder: Any) -> None:
         return {added: documents, table: render_documents(documents), notice: ""}
 
     def ask(query: str, pasted: str, documents: list[Document]) -> dict[Any, Any]:
-        """Search in what was added, and in a text that is still in the box."""
+        """Search in the texts that were added, and in a text that is still in the box."""
         try:
             if not query.strip():
                 raise ValueError("There is no question yet: write one.")
@@ -186,7 +186,7 @@ def search_tab(embedder: Any) -> None:
     results = html("", "hits")
     added = gr.State([])
 
-    one_by_one = PRIVATE | {"concurrency_id": "search", "concurrency_limit": 1}  # each sees what the last one added
+    one_by_one = PRIVATE | {"concurrency_id": "search", "concurrency_limit": 1}  # each sees the last one's texts
     add_button.click(add_pasted, [text, added], [text, added, table, notice], **one_by_one)
     files.click(None, None, [notice], js="() => ''")
     files.upload(add_files, [files, added], [added, table, notice], **one_by_one)

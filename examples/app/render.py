@@ -1,4 +1,4 @@
-"""What the page shows, as HTML. Nothing from a text or a tokenizer gets into it but through `escape`."""
+"""Render what the page shows, as HTML. Everything from a text or a tokenizer passes through `escape`."""
 
 import html
 
@@ -7,9 +7,9 @@ from search import Document, Hit
 from torch import Tensor
 
 STRONGEST = 20  # tokens in the table
-CONTEXT = 30  # characters shown on each side of a token there
+CONTEXT = 30  # characters shown on each side of a token in the table
 AROUND = 250  # characters shown on each side of a passage
-CELLS = 256  # of the strip that shows the whole text, at most
+CELLS = 256  # at most so many in the strip that shows the whole text
 
 
 def escape(text: str) -> str:
@@ -30,7 +30,7 @@ def render_error(message: str) -> str:
 
 
 def surroundings(text: str, start: int, end: int, size: int) -> tuple[str, str]:
-    """What stands before and after a part of a text: whole words, `size` characters at most."""
+    """The text before and after a part of a text: whole words, at most `size` characters each."""
     before, after = text[max(0, start - size) : start], text[end : end + size]
     if start > size:
         before = "…" + before.partition(" ")[2]
@@ -56,7 +56,7 @@ def render_reading(reading: Reading) -> str:
 
 
 def render_predictions(reading: Reading) -> str:
-    """The guesses with their probabilities, and how the masked word fared."""
+    """The guesses with their probabilities, and the rank of the masked word."""
     longest = max(score for _, score in reading.predictions)
     rows = [
         f'<tr><td>{escape(word)}</td><td class="number">{score:.1%}</td>'
@@ -85,12 +85,12 @@ def render_legend(weights: Tensor, kinds: list[str]) -> str:
 
 
 def opacity(weight: float, largest: float) -> float:
-    """Of a token's colour. The square root lets small weights be told apart."""
+    """The opacity of a token's colour. With the square root, small weights remain distinct."""
     return 0.12 + 0.68 * (weight / largest) ** 0.5
 
 
 def render_strip(weights: Tensor, kinds: list[str], chosen: int) -> str:
-    """The whole text in one line: what has the most weight in each part of it."""
+    """The whole text as one strip. A cell shows the token with the most weight in its part of the text."""
     size = -(-len(kinds) // CELLS)
     parts = [range(first, min(first + size, len(kinds))) for first in range(0, len(kinds), size)]
     values = weights.tolist()
@@ -103,7 +103,7 @@ def render_strip(weights: Tensor, kinds: list[str], chosen: int) -> str:
 
 
 def render_tokens(reading: Reading, weights: Tensor) -> str:
-    """The text, each token coloured by how it was attended to, below a legend and an overview."""
+    """The text below a legend and an overview. A token's colour shows how it was attended to."""
     num_globals, values = reading.num_globals, weights.tolist()
     kinds = kinds_of_keys(weights, reading.chosen, num_globals, reading.block_size)
     largest = max(values)
@@ -122,7 +122,7 @@ def render_tokens(reading: Reading, weights: Tensor) -> str:
         first = max(first, end)  # where one character gave several tokens, all but the first are empty
         if last <= first:
             continue
-        shown = reading.text[first:last].lstrip()  # that of [MASK] has the space before it
+        shown = reading.text[first:last].lstrip()  # the span of [MASK] includes the space before it
         first = last - len(shown)
         parts.append(escape(reading.text[end:first]))
         parts.append(mark(shown, num_globals + token, "chosen" * (token == reading.chosen)))
@@ -136,7 +136,7 @@ def render_tokens(reading: Reading, weights: Tensor) -> str:
 
 
 def in_the_text(reading: Reading, token: int) -> str:
-    """A token with the text around it, as HTML; tokens before 0 are the global ones."""
+    """A token with the text around it, as HTML; negative tokens are the global ones."""
     if token < 0:
         return f"global token {reading.num_globals + token + 1}"
     text, (first, last) = reading.text, reading.spans[token]
@@ -172,7 +172,7 @@ def render_strongest(reading: Reading, weights: Tensor) -> str:
 def render_documents(documents: list[Document]) -> str:
     """The documents that are searched."""
     if not documents:
-        return page('<p class="legend">No text was added yet.</p>')
+        return page('<p class="legend">No text has been added yet.</p>')
     rows = [
         f'<tr><td>{escape(document.name)}</td><td class="number">{document.num_tokens:,}</td>'
         f'<td class="number">{len(document.passages):,}</td></tr>'
@@ -183,7 +183,7 @@ def render_documents(documents: list[Document]) -> str:
 
 
 def render_hits(hits: list[Hit]) -> str:
-    """The passages that were found, each marked in its part of the document, above it a bar that shows where that is."""
+    """The passages that were found. Each is marked in the text around it; a bar shows its place in the document."""
     items = []
     for hit in hits:
         text, (start, end) = hit.document.text, hit.passage

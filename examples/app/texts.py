@@ -16,10 +16,10 @@ def name_of(text: str) -> str:
 
 
 def read_uploads(paths: list[str]) -> list[tuple[str, str]]:
-    """The names and texts of uploaded files. The files are removed.
+    """Read the names and texts of uploaded files, and remove the files.
 
     Raises:
-        ValueError: one is no text in UTF-8.
+        ValueError: a file is not text in UTF-8.
     """
     files = [Path(path) for path in paths]
     try:
