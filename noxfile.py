@@ -50,7 +50,7 @@ def run_pytest(session: nox.Session, transformers: str, *selection: str) -> None
         pins.append(f"sentence-transformers=={SENTENCE_TRANSFORMERS[transformers]}")
     session.install(TORCH)
     session.install(".[test]", *pins)
-    session.run("python", "-m", "pytest", "-n", "2", *selection, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "2", "--durations=15", *selection, *session.posargs)
 
 
 @nox.session
