@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lsg_pattern import LSGPattern
+from .lsg_pattern import SPARSITY_TYPES, LSGPattern
 
 
 class SparseTokens(NamedTuple):
@@ -68,9 +68,7 @@ def select_sparse_tokens(
             if factor == pattern.sparse_block_size:  # by definition the same as "bos_pooling"
                 return weighted_means(key, value, *first_query_weights(first_query, key, visible, factor))
             return hashed(key, value, visible, pattern.chunk_size, pattern.hash_rounds, projections)
-    raise ValueError(
-        f"`sparsity_type` {kind!r} has no branch here; `SPARSITY_TYPES` in lsg_pattern.py lists the names."
-    )
+    raise ValueError(f"`sparsity_type` {kind!r} is unknown: choose one of {', '.join(SPARSITY_TYPES)}.")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
