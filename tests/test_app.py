@@ -664,7 +664,7 @@ def test_page_takes_a_file(page, served, tmp_path):
     page.fill("#word textarea, #word input", "<img src=x onerror='window.attacked = 1'>x")
     page.click("#guess")
     page.wait_for_selector("#notice .error")
-    assert "does not have “<img" in page.inner_text("#notice")
+    assert "does not contain “<img" in page.inner_text("#notice")
     assert page.evaluate("window.attacked") is None
     assert page.requests and outside(page.requests) == []
 
