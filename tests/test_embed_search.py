@@ -325,14 +325,19 @@ def test_a_killed_process_goes_on_in_two_others(model, documents, tmp_path):
     options = command(documents, model, tmp_path / "run", "--part_size", "1")
     arguments = [sys.executable, script, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "run" / "part-00002.parquet").exists():
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    left = len(list((tmp_path / "run").glob("part-*.parquet")))
+    left = 11
+    for _ in range(5):  # on a busy machine the kill may come when all is done
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        process = subprocess.Popen(
+            arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (tmp_path / "run" / "part-00002.parquet").exists():
+            assert not process.poll()
+        process.kill()
+        process.wait()
+        left = len(list((tmp_path / "run").glob("part-*.parquet")))
+        if left < 11:
+            break
     assert 3 <= left < 11
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*launcher, script, *options], tmp_path)
