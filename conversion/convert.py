@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from .files import (
     copy_code,
     copy_modules,
     copy_tokenizer,
-    encoder_folder,
     fetch_source,
     module_folders,
     one_line,
@@ -37,7 +36,6 @@ from .files import (
 from .options import ConversionOptions
 from .plan import (
     Plan,
-    Source,
     Tokens,
     choose_tokens,
     find_warnings,
@@ -76,8 +74,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
     folder = fetch_source(str(source), chosen.revision, chosen.token)
     check_apart(folder, target)
     with whole_directory(target, chosen.overwrite) as partial:
-        plan = make_plan(read_encoder(folder), chosen)
-        write_surroundings(plan, folder, partial)
+        plan = make_plan(read_source(folder), chosen)
+        write_surroundings(plan, partial)
         tokenizer = load_tokenizer(partial, plan.source)
         plan = with_token_ids(plan, tokenizer)
         write_json(partial / "config.json", target_config(plan))  # again: loading the tokenizer needed a first one
@@ -89,7 +87,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
         write_weights(partial, tensors, chosen.max_shard_size)
         del tensors  # the comparison needs the memory
         comparison = compare(plan, tokens, made, partial) if chosen.verify else None
-        report = make_report(plan, tokens, comparison, folder, partial, source=str(source), target=str(target))
+        report = make_report(plan, tokens, comparison, partial, source=str(source), target=str(target))
         (partial / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     if chosen.push_to_hub is not None:
         report.pushed_to = push(target, chosen.push_to_hub, chosen.token, chosen.private)
@@ -112,25 +110,12 @@ def check_apart(source: Path, target: Path) -> None:
         )
 
 
-def read_encoder(folder: Path) -> Source:
-    """The checkpoint in a directory, or in a folder of it for some sentence-transformers models.
-
-    Raises:
-        ConversionError: the checkpoint is wrong.
-    """
-    source = read_source(encoder_folder(folder))
-    if source.folder == folder:
-        return source
-    # The plan recognizes such models by the modules.json beside their config.json, which is missing here.
-    return replace(source, config={"mask_first_token": True, **source.config})
-
-
-def write_surroundings(plan: Plan, model: Path, folder: Path) -> None:
+def write_surroundings(plan: Plan, folder: Path) -> None:
     """Write everything except the weights: configuration, code, tokenizer, and modules after the encoder."""
     copy_code(folder)
     source, length = plan.source, plan.config.max_position_embeddings
     named = source.config.get("tokenizer_class")
-    copy_modules(model, folder, length)
+    copy_modules(source.root, folder, length)
     tokenizer_class = copy_tokenizer(source.folder, folder, source.family.vocabularies, length, named)
     if tokenizer_class is not None:
         plan.config.tokenizer_class = tokenizer_class
@@ -206,13 +191,11 @@ def check_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{folder} is too full: the weights take {size:,} bytes, but only {free:,} are free.")
 
 
-def make_report(
-    plan: Plan, tokens: Tokens, comparison: Comparison | None, model: Path, folder: Path, **places: str
-) -> Report:
-    """The report about `folder`, made from `model`; `places` are source and target as the user named them."""
+def make_report(plan: Plan, tokens: Tokens, comparison: Comparison | None, folder: Path, **places: str) -> Report:
+    """The report about `folder`; `places` are the source and the target as the user named them."""
     source, copied = plan.source, plan.account.copied
     return Report(
-        source_commit=model.name if model.parent.name == "snapshots" else None,
+        source_commit=source.root.name if source.root.parent.name == "snapshots" else None,
         family=source.family.title,
         source_architecture=source.architecture,
         source_is_lsg=plan.is_lsg,
@@ -228,7 +211,7 @@ def make_report(
         mask_token_id=tokens.mask,
         seed=plan.options.seed,
         has_tokenizer=tokens.tokenizer is not None,
-        modules=module_folders(model),
+        modules=module_folders(source.root),
         dropped=plan.account.dropped,
         drawn=plan.account.missing,
         differences=source.family.differences_of(plan.head),

@@ -30,7 +30,7 @@ from .account import (
     target_name,
 )
 from .families import ALBERT, CONVERTIBLE, FAMILIES, OTHERS, Family
-from .files import MODULES, TOKENIZER_SETTINGS, ConversionError, SourceWeights, one_line, read_json
+from .files import MODULES, TOKENIZER_SETTINGS, ConversionError, SourceWeights, encoder_folder, one_line, read_json
 from .options import ConversionOptions
 from .tensors import GLOBAL_TABLE, POSITION_TABLE, WORD_TABLE
 
@@ -45,7 +45,10 @@ RUN_SETTINGS = {"chunk_size_feed_forward": int, "output_attentions": bool, "outp
 class Source:
     """A checkpoint in a directory."""
 
-    folder: Path
+    root: Path  # the directory of the whole model
+    folder: (
+        Path  # the one with the encoder's config.json and weights; early sentence-transformers models have their own
+    )
     family: Family
     config: dict[str, Any]  # the config.json
     architecture: str | None  # as the config.json has it
@@ -100,12 +103,13 @@ class Tokens:
     mask: int | None  # for the others, None if they are made from random words
 
 
-def read_source(folder: Path) -> Source:
+def read_source(root: Path) -> Source:
     """Open a checkpoint of one of the families.
 
     Raises:
         ConversionError: there is no config.json, it belongs to an unknown model, or the weights are wrong.
     """
+    folder = encoder_folder(root)
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} is not a checkpoint: it has no config.json.")
@@ -124,7 +128,7 @@ def read_source(folder: Path) -> Source:
     unused = family.unused_positions(config)
     for name in [name for name in weights.shapes if unused and name.endswith(POSITION_TABLE)]:
         weights.skip_rows(name, unused)
-    return Source(folder, family, config, architecture, weights)
+    return Source(root, folder, family, config, architecture, weights)
 
 
 def check_type(path: Path, model_type: Any) -> None:
@@ -188,7 +192,7 @@ def make_plan(source: Source, options: ConversionOptions) -> Plan:
     """
     sizes = source_sizes(source)
     # An encoder of sentence-transformers has no global token beside [CLS]: short texts then have the source's embeddings.
-    usual = {"mask_first_token": True} if (source.folder / MODULES).is_file() else {}
+    usual = {"mask_first_token": True} if (source.root / MODULES).is_file() else {}
     fields = usual | source.fields
     config = LSGAlbertConfig.from_dict(fields, max_position_embeddings=options.max_length, **options.pattern)
     full_length = LSGPattern.from_config(config).full_length

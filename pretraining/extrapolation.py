@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AlbertForMaskedLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from pretraining.corpus import CorpusError, read_ids
 from pretraining.masking import IGNORED, Masker
 from pretraining.pretrain_mlm import masked_lm_forward, score
@@ -32,7 +33,6 @@ from pretraining.training_support import describe_machine, write_atomically
 
 PIECES = (8, 4, 2, 1)  # numbers of pieces that a segment is cut into
 SPECIAL = 2  # special tokens of each piece: [CLS] and [SEP]
-SELECTIONS = ("norm", "pooling", "bos_pooling", "lsh", "stride", "block_stride", "none")
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,21 @@ def cut(segment: np.ndarray, pieces: int, first: int, last: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, segments: Segments, pieces: int, cls_id: int, sep_id: int) -> np.ndarray:
-    """Sums of loss, top-1 and top-5 hits, and the number of targets, of each segment: shape ``(segments, 4)``."""
+def evaluate(
+    model: PreTrainedModel, segments: Segments, pieces: int, cls_id: int, sep_id: int, unseen: int = 0
+) -> np.ndarray:
+    """Sums of loss, top-1 and top-5 hits, and the number of targets, of each segment: shape ``(segments, 4)``.
+
+    Args:
+        unseen: the number of tokens at the start of each piece, after [CLS], that the attention mask hides.
+    """
     sums = []
     for hidden, labels in zip(segments.hidden, segments.labels, strict=True):
         input_ids, targets = cut(hidden, pieces, cls_id, sep_id), cut(labels, pieces, IGNORED, IGNORED)
-        outputs = masked_lm_forward(model, input_ids, targets)
+        mask = torch.ones_like(input_ids) if unseen else None
+        if unseen:
+            mask[:, 1 : 1 + unseen] = 0
+        outputs = masked_lm_forward(model, input_ids, targets, attention_mask=mask)
         sums.append(score(outputs["logits"], outputs["targets"]))
     return torch.stack(sums).numpy()
 
@@ -144,7 +153,7 @@ def table_rows(albert: str, converted: str, trained: str | None) -> list[Row]:
         Row("a: ALBERT, as trained", albert, PIECES[0]),
         Row("b: ALBERT, positions stretched, full attention", converted, PIECES[-1]),
     ]
-    rows += [Row("c: converted", converted, pieces, kind) for kind in SELECTIONS for pieces in PIECES[1:]]
+    rows += [Row("c: converted", converted, pieces, kind) for kind in SPARSITY_TYPES for pieces in PIECES[1:]]
     if trained is not None:
         rows += [Row("d: converted and trained on", trained, pieces, "norm") for pieces in PIECES]
     return rows

@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lsg_albert.lsg_pattern import SPARSITY_TYPES, LSGPattern
 from pretraining.corpus import CorpusError, read_ids
-from pretraining.extrapolation import SELECTIONS, SPECIAL, Segments, choose_segments, difference, hide, metrics
+from pretraining.extrapolation import SPECIAL, Segments, choose_segments, difference, evaluate, hide, metrics
 from pretraining.masking import IGNORED, Masker
-from pretraining.pretrain_mlm import masked_lm_forward, score
 from pretraining.token_cache import load_tokens
 from pretraining.training_support import describe_machine, write_atomically
 
@@ -36,24 +35,6 @@ def second_half(segments: Segments, window: int) -> Segments:
     labels = segments.labels.copy()
     labels[:, : labels.shape[1] // 2 + window] = IGNORED
     return dataclasses.replace(segments, labels=labels)
-
-
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, segments: Segments, hidden_tokens: int, cls_id: int, sep_id: int) -> np.ndarray:
-    """Sums of loss, top-1 hits and top-5 hits, and the number of targets, of each segment: shape ``(segments, 4)``.
-
-    Args:
-        hidden_tokens: the number of tokens at the start of each segment that the attention mask hides.
-    """
-    sums = []
-    for hidden, labels in zip(segments.hidden, segments.labels, strict=True):
-        input_ids = torch.from_numpy(np.array([[cls_id, *hidden, sep_id]]))
-        targets = torch.from_numpy(np.array([[IGNORED, *labels, IGNORED]]))
-        mask = torch.ones_like(input_ids)
-        mask[:, 1 : 1 + hidden_tokens] = 0
-        outputs = masked_lm_forward(model, input_ids, targets, attention_mask=mask)
-        sums.append(score(outputs["logits"], outputs["targets"]))
-    return torch.stack(sums).numpy()
 
 
 def needle_segments(fillers: np.ndarray, tokenizer: PreTrainedTokenizerBase, stated: bool) -> Segments:
@@ -123,14 +104,16 @@ def run(args: argparse.Namespace, command: str) -> dict:
     report = {"command": command, "seed": args.seed, "segments": args.segments, "length": args.length}
     report |= describe_machine() | {"half": [], "needle": []}
     ids = tokenizer.cls_token_id, tokenizer.sep_token_id
-    for selection in SELECTIONS:
+    needles = [needle_segments(tokens, tokenizer, stated) for stated in (True, False)]
+    for selection in SPARSITY_TYPES:
         model = AutoModelForMaskedLM.from_pretrained(
             args.model, trust_remote_code=True, sparsity_type=selection
         ).eval()
-        scored = second_half(segments, 2 * model.config.block_size)  # a token's own block and the one before it
-        sides = [evaluate(model, scored, hidden, *ids) for hidden in (0, tokens.shape[1] // 2)]
+        # The local window of a token begins less than `full_length` tokens before it.
+        scored = second_half(segments, LSGPattern.from_config(model.config).full_length)
+        sides = [evaluate(model, scored, 1, *ids, unseen) for unseen in (0, tokens.shape[1] // 2)]
         report["half"].append({"selection": selection} | compare(*sides))
-        sides = [evaluate(model, needle_segments(tokens, tokenizer, stated), 0, *ids) for stated in (True, False)]
+        sides = [evaluate(model, needle, 1, *ids) for needle in needles]
         report["needle"].append({"selection": selection} | compare(*sides))
         print(report["half"][-1], report["needle"][-1], file=sys.stderr, flush=True)
         write_atomically(args.output.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())

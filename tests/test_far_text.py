@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from conftest import ROOT
 from helpers import TOKENIZER
 from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM
+from lsg_albert.lsg_pattern import SPARSITY_TYPES
 from pretraining import far_text
-from pretraining.extrapolation import SELECTIONS, Segments
+from pretraining.extrapolation import Segments, evaluate
 from pretraining.masking import IGNORED
 
 
@@ -48,7 +49,7 @@ def test_hidden_text_changes_nothing_and_visible_text_does():
     labels = np.where(np.arange(126) > 100, tokens, IGNORED)
     other = tokens.copy()
     other[:, :40] = rng.integers(5, 16000, (2, 40))
-    sums = [far_text.evaluate(model, Segments(text, labels), n, 2, 3) for n in (63, 0) for text in (tokens, other)]
+    sums = [evaluate(model, Segments(text, labels), 1, 2, 3, n) for n in (63, 0) for text in (tokens, other)]
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)
     assert abs(sums[2] - sums[3]).max() > 1e-3
 
@@ -88,7 +89,9 @@ def test_the_command_compares_every_selection(tmp_path, tokenizer, capsys):
     assert far_text.main([str(tmp_path / "corpus.jsonl"), *options]) == 0
     report = json.loads((tmp_path / "far.json").read_text())
     assert (
-        [row["selection"] for row in report["half"]] == [row["selection"] for row in report["needle"]] == [*SELECTIONS]
+        [row["selection"] for row in report["half"]]
+        == [row["selection"] for row in report["needle"]]
+        == [*SPARSITY_TYPES]
     )
     for row in report["half"] + report["needle"]:
         assert row["masked_tokens_with"] == row["masked_tokens_without"] > 0
