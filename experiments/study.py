@@ -21,17 +21,19 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import MultiLabelBinarizer
-from torch import distributed
-from transformers import AutoTokenizer
+from torch import distributed, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from experiments.baselines import BASELINES
 from experiments.chunks import merge_predictions, write_chunks
@@ -85,6 +87,29 @@ def change_config(model: str, fields: dict, folder: Path) -> str:
             if path.is_file():
                 (folder / path.name).symlink_to(path)
     return str(folder)
+
+
+@contextlib.contextmanager
+def mean_pooling() -> Iterator[None]:
+    """Make the classifiers that are loaded meanwhile classify the mean of a text's last hidden states, without their
+    pooler. What they save does not know about it."""
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def pool(encoder: nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> ModelOutput:
+        mask = (kwargs["attention_mask"] if "attention_mask" in kwargs else args[1])[..., None]
+        output.pooler_output = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+        return output
+
+    def load_and_hook(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        model = load(*args, **kwargs)
+        model.base_model.register_forward_hook(pool, with_kwargs=True)
+        return model
+
+    AutoModelForSequenceClassification.from_pretrained = load_and_hook
+    try:
+        yield
+    finally:
+        AutoModelForSequenceClassification.from_pretrained = load
 
 
 def intervals(lines: Sequence[dict], score: Callable[[list, list], dict[str, float]]) -> dict[str, list[float]]:
@@ -167,12 +192,12 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     example = load_example(args.example)
     parser = example.HfArgumentParser(example.Options)
     options, _ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
-    if args.chunks and args.example != "classify":
-        raise ValueError(f"--chunks is for classify, not for {args.example}")
+    if (args.chunks or args.mean_pooling) and args.example != "classify":
+        raise ValueError(f"--chunks and --mean-pooling are for classify, not for {args.example}")
     is_first = int(os.environ.get("RANK", "0")) == 0
     if is_first:
-        limits, changes = [args.limit_train, args.limit_test], {"config": args.config, "chunks": args.chunks}
-        check_same_run(args.output, {"example": args.example, "options": rest, "limits": limits, **changes})
+        given = {name: getattr(args, name) for name in ("example", "config", "chunks", "mean_pooling")}
+        check_same_run(args.output, given | {"options": rest, "limits": [args.limit_train, args.limit_test]})
     if args.config:
         options.model = change_config(options.model, args.config, args.output / "model")
     for split, limit in (("train", args.limit_train), ("test", args.limit_test)):
@@ -195,7 +220,8 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     for output, length, seed in runs:
         started = time.perf_counter()
         this = ["--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)]
-        example.main([*rest, *files.get(length, []), *this])
+        with mean_pooling() if args.mean_pooling else contextlib.nullcontext():
+            example.main([*rest, *files.get(length, []), *this])
         if is_first and not (output / "seconds.json").exists():  # for a resumed run, the seconds after the resumption
             write_atomically(output / "seconds.json", json.dumps(time.perf_counter() - started).encode())
     if not is_first:
@@ -239,6 +265,9 @@ def main(argv: list[str] | None = None) -> int:
         "--chunks", action="store_true",
         help="classify: read whole documents in chunks of each length, and decide by the mean of their logits",
     )  # fmt: skip
+    parser.add_argument(
+        "--mean-pooling", action="store_true", help="classify: use the mean of the last hidden states, not [CLS] alone"
+    )
     parser.add_argument("--config", type=json.loads, help="JSON object of fields of the model's config to replace")
     parser.add_argument("--limit-train", type=int, help="number of random lines of the training file to use")
     parser.add_argument("--limit-test", type=int, help="number of random lines of the test file to use")

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="the baselines and scores come from it")
 pytest.importorskip("scipy", reason="the intervals come from it")
 
 import torch
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from conftest import ROOT
 from experiments import baselines, chunks, cross_attention_init, study
@@ -148,9 +148,23 @@ def test_fields_of_the_config_are_replaced_in_the_runs_only(command, tmp_path, c
     assert "holds a run with other arguments" in errors and "--config has ['global_tokens'], which" in errors
 
 
-def test_only_classifiers_read_chunks(command, tmp_path, capsys):
-    assert study.main(command(tmp_path, "--chunks", name="tag_tokens")) == 1
-    assert "--chunks is for classify, not for tag_tokens" in capsys.readouterr().err
+def test_mean_pooling_classifies_the_mean_of_the_real_tokens(command, tmp_path):
+    """Of what a run saves, which is loaded here without the hook."""
+    options = ["--lengths", str(LENGTH), "--mean-pooling", "--max_steps", "2"]
+    assert study.main(command(tmp_path, *options)) == 0
+    output = tmp_path / f"length-{LENGTH}" / "seed-1"
+    model = AutoModelForSequenceClassification.from_pretrained(output, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for row, line in zip(make_rows("classify", 12, 2), (output / "predictions.jsonl").open(), strict=True):
+        states = model.base_model(**tokenizer(row["text"], return_tensors="pt")).last_hidden_state
+        found = dict(zip(model.config.id2label.values(), model.classifier(states.mean(1))[0].tolist(), strict=True))
+        assert json.loads(line)["scores"] == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--chunks", "--mean-pooling"])
+def test_only_classifiers_read_chunks_and_pool(option, command, tmp_path, capsys):
+    assert study.main(command(tmp_path, option, name="tag_tokens")) == 1
+    assert "--chunks and --mean-pooling are for classify, not for tag_tokens" in capsys.readouterr().err
 
 
 COMMANDS = {
