@@ -119,9 +119,13 @@ def main(argv: list[str] | None = None) -> None:
         label = [float(name in row["label"]) for name in names] if several else names.index(row["label"])
         return {**tokenizer(row["text"], truncation=True, max_length=length), "labels": label}
 
+    def decide(scores: np.ndarray) -> np.ndarray:
+        return scores > 0 if several else scores.argmax(-1)
+
     def compute_metrics(found: transformers.EvalPrediction) -> dict[str, float]:
-        f1 = f1_score(found.label_ids, found.predictions, average="macro", zero_division=0)
-        return {"accuracy": accuracy_score(found.label_ids, found.predictions), "macro_f1": f1}
+        made = decide(found.predictions)
+        f1 = f1_score(found.label_ids, made, average="macro", zero_division=0)
+        return {"accuracy": accuracy_score(found.label_ids, made), "macro_f1": f1}
 
     splits = train, validation, test
     data = [Dataset.from_list(rows).map(encode, remove_columns=["text", "label"]) for rows in splits]
@@ -129,7 +133,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(train)} rows to train on, {cut} of them cut at {length} tokens; labels: {', '.join(names)}")
     trainer = transformers.Trainer(
         model=model, args=training, train_dataset=data[0], eval_dataset=data[1], compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=lambda logits, labels: logits > 0 if several else logits.argmax(-1),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         callbacks=[transformers.EarlyStoppingCallback(options.patience)],
     )  # fmt: skip
@@ -143,12 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
-    predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in result.predictions]
+    made = decide(result.predictions)
+    predicted = [[names[i] for i in np.flatnonzero(row)] if several else names[row] for row in made]
     if all(label == predicted[0] for label in predicted):
         print(f"warning: the model predicts {predicted[0]!r} for every text; train longer, or change --learning_rate")
-    pairs = Dataset.from_dict({"reference": [row["label"] for row in test], "prediction": predicted})
+    scores = [dict(zip(names, row.tolist(), strict=True)) for row in result.predictions]  # the logits
+    columns = {"reference": [row["label"] for row in test], "prediction": predicted, "scores": scores}
     if trainer.is_world_process_zero():
-        pairs.to_json(output / "predictions.jsonl")
+        Dataset.from_dict(columns).to_json(output / "predictions.jsonl")
     trainer.log_metrics("test", result.metrics)
     trainer.save_metrics("test", result.metrics, combined=False)
 

@@ -13,11 +13,7 @@ from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 from sklearn.svm import LinearSVC
 from transformers import PreTrainedTokenizerBase
 
-
-def cut_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
-    """The part of each text that a model with that maximum length reads."""
-    offsets = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)["offset_mapping"]
-    return [text[: max(end for _, end in found)] for text, found in zip(texts, offsets, strict=True)]
+from experiments.chunks import cut_texts
 
 
 def classify(
@@ -36,7 +32,10 @@ def classify(
     dummy = DummyClassifier(strategy="most_frequent").fit(texts[0], encoded)
     found = {"most frequent label": decode(dummy.predict(texts[1]))}
     for length in [*lengths, None]:
-        read = texts if length is None else [cut_texts(each, tokenizer, length) for each in texts]
+        if length is None:
+            read = texts
+        else:
+            read = [[chunks[0] for chunks in cut_texts(each, tokenizer, length)] for each in texts]
         machine = OneVsRestClassifier(LinearSVC(random_state=0)) if several else LinearSVC(random_state=0)
         pipeline = make_pipeline(TfidfVectorizer(sublinear_tf=True), machine)
         name = "whole text" if length is None else f"{length:,} tokens"

@@ -12,6 +12,7 @@ checkpoint. You may add lengths and seeds. With several GPUs, use `torchrun --np
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -20,19 +21,22 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import MultiLabelBinarizer
-from torch import distributed
-from transformers import AutoTokenizer
+from torch import distributed, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from experiments.baselines import BASELINES
+from experiments.chunks import merge_predictions, write_chunks
 from pretraining.training_support import check_same_run, describe_machine, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +70,46 @@ def sample_lines(path: str, limit: int, folder: Path) -> str:
     target = folder / f"{limit}-of-{Path(path).name.split('.')[0]}.jsonl"
     write_atomically(target, "".join(lines[index] for index in chosen).encode())
     return str(target)
+
+
+def change_config(model: str, fields: dict, folder: Path) -> str:
+    """Make a directory with the files of a model's directory, as links, and other values in its config.json.
+
+    Raises:
+        ValueError: config.json lacks a field, so the field's name may be wrong.
+    """
+    config = json.loads((Path(model) / "config.json").read_text())
+    if unknown := fields.keys() - config.keys():
+        raise ValueError(f"--config has {sorted(unknown)}, which {model}/config.json lacks; it has {sorted(config)}")
+    write_atomically(folder / "config.json", json.dumps(config | fields, indent=2).encode())
+    for path in Path(model).resolve().iterdir():
+        with contextlib.suppress(FileExistsError):  # config.json, and links of an earlier start or another process
+            if path.is_file():
+                (folder / path.name).symlink_to(path)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def mean_pooling() -> Iterator[None]:
+    """Make the classifiers that are loaded meanwhile classify the mean of a text's last hidden states, without their
+    pooler. What they save does not know about it."""
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def pool(encoder: nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> ModelOutput:
+        mask = (kwargs["attention_mask"] if "attention_mask" in kwargs else args[1])[..., None]
+        output.pooler_output = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+        return output
+
+    def load_and_hook(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        model = load(*args, **kwargs)
+        model.base_model.register_forward_hook(pool, with_kwargs=True)
+        return model
+
+    AutoModelForSequenceClassification.from_pretrained = load_and_hook
+    try:
+        yield
+    finally:
+        AutoModelForSequenceClassification.from_pretrained = load
 
 
 def intervals(lines: Sequence[dict], score: Callable[[list, list], dict[str, float]]) -> dict[str, list[float]]:
@@ -148,18 +192,36 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     example = load_example(args.example)
     parser = example.HfArgumentParser(example.Options)
     options, _ = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    if (args.chunks or args.mean_pooling) and args.example != "classify":
+        raise ValueError(f"--chunks and --mean-pooling are for classify, not for {args.example}")
     is_first = int(os.environ.get("RANK", "0")) == 0
     if is_first:
-        limits = [args.limit_train, args.limit_test]
-        check_same_run(args.output, {"example": args.example, "options": rest, "limits": limits})
+        given = {name: getattr(args, name) for name in ("example", "config", "chunks", "mean_pooling")}
+        check_same_run(args.output, given | {"options": rest, "limits": [args.limit_train, args.limit_test]})
+    if args.config:
+        options.model = change_config(options.model, args.config, args.output / "model")
     for split, limit in (("train", args.limit_train), ("test", args.limit_test)):
         if limit:
             setattr(options, split, sample_lines(getattr(options, split), limit, args.output))
-    rest = [*rest, "--train", options.train, "--test", options.test]
+    rest = [*rest, "--model", options.model, "--train", options.train, "--test", options.test]
+    if args.chunks or args.baselines:
+        train, test = example.load(options.train, options), example.load(options.test, options)
+        if options.validation is None:  # the same split as in the example
+            train, validation = train_test_split(train, test_size=0.1, random_state=0)
+        else:
+            validation = example.load(options.validation, options)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    files, chunks = {}, {}
+    if args.chunks:
+        splits = {"train": train, "validation": validation, "test": test}
+        for length in args.lengths:
+            files[length], chunks[length] = write_chunks(splits, tokenizer, length, args.output)
     runs = [(args.output / f"length-{n}" / f"seed-{seed}", n, seed) for n in args.lengths for seed in args.seeds]
     for output, length, seed in runs:
         started = time.perf_counter()
-        example.main([*rest, "--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)])
+        this = ["--max_length", str(length), "--seed", str(seed), "--output_dir", str(output)]
+        with mean_pooling() if args.mean_pooling else contextlib.nullcontext():
+            example.main([*rest, *files.get(length, []), *this])
         if is_first and not (output / "seconds.json").exists():  # for a resumed run, the seconds after the resumption
             write_atomically(output / "seconds.json", json.dumps(time.perf_counter() - started).encode())
     if not is_first:
@@ -167,12 +229,11 @@ def run(args: argparse.Namespace, rest: list[str], command: str) -> str | None:
     systems = {}
     for output, length, seed in runs:
         lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-        systems.setdefault(f"model, {length:,} tokens", {})[str(seed)] = lines
+        if args.chunks:
+            lines = merge_predictions(lines, chunks[length])
+        system = f"model, {'chunks of ' * args.chunks}{length:,} tokens"
+        systems.setdefault(system, {})[str(seed)] = lines
     if args.baselines:
-        train, test = example.load(options.train, options), example.load(options.test, options)
-        if options.validation is None:  # the same split as in the example
-            train, _ = train_test_split(train, test_size=0.1, random_state=0)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
         for name, predictions in BASELINES[args.example](train, test, tokenizer, args.lengths).items():
             systems[name] = {"-": [line | {"prediction": made} for line, made in zip(lines, predictions, strict=True)]}
     score = getattr(example, "scores", classification_scores)
@@ -200,6 +261,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run for each value of --seed")
     parser.add_argument("--baselines", action="store_true", help="also score baselines")
+    parser.add_argument(
+        "--chunks", action="store_true",
+        help="classify: read whole documents in chunks of each length, and decide by the mean of their logits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mean-pooling", action="store_true", help="classify: use the mean of the last hidden states, not [CLS] alone"
+    )
+    parser.add_argument("--config", type=json.loads, help="JSON object of fields of the model's config to replace")
     parser.add_argument("--limit-train", type=int, help="number of random lines of the training file to use")
     parser.add_argument("--limit-test", type=int, help="number of random lines of the test file to use")
     args, rest = parser.parse_known_args(argv)

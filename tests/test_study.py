@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ pytest.importorskip("sklearn", reason="the baselines and scores come from it")
 pytest.importorskip("scipy", reason="the intervals come from it")
 
 import torch
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from conftest import ROOT
-from experiments import baselines, cross_attention_init, study
+from experiments import baselines, chunks, cross_attention_init, study
 from helpers import example, write_repository
 from lsg_albert import LSGAlbertForMaskedLM
 from pretraining import extrapolation, pretrain_mlm, train_tokenizer
@@ -111,6 +112,61 @@ def test_limits_draw_the_same_rows_and_the_other_examples_have_their_baselines(c
     assert len(rows) == 8 and all(row in make_rows("tag_tokens", 36, 1) for row in rows)
 
 
+def test_chunks_show_what_one_short_input_cannot_see(command, tmp_path):
+    assert study.main(command(tmp_path, "--lengths", str(SHORT), "--chunks", "--baselines")) == 0
+    results = read(tmp_path)
+    assert results["lines"] == 12 and results["systems"][f"model, chunks of {SHORT} tokens"]["accuracy"]["mean"] > 0.9
+    assert results["systems"][f"TF-IDF + linear SVM, {SHORT} tokens"]["accuracy"]["mean"] == 0.5
+    rows = [json.loads(line) for line in (tmp_path / f"length-{SHORT}" / "seed-1" / "predictions.jsonl").open()]
+    assert len(rows) > 24  # chunks
+
+
+def test_chunks_of_a_document_are_all_in_one_split(command, tmp_path):
+    options = ["--lengths", str(SHORT), "--chunks", "--max_steps", "2"]
+    assert study.main(command(tmp_path, *options)) == 0
+    texts = {}
+    for split in ("train", "validation", "test"):
+        lines = (tmp_path / f"{split}-chunks-{SHORT}.jsonl").read_text().splitlines()
+        texts[split] = "".join(json.loads(line)["text"].replace(" ", "") for line in lines)
+    for seed, number, splits in ((1, 36, ("train", "validation")), (2, 12, ("test",))):
+        documents = [row["text"].replace(" ", "") for row in make_rows("classify", number, seed)]
+        assert [sum(text in texts[split] for split in texts) for text in documents] == [1] * number
+        assert sum(map(len, documents)) == sum(len(texts[split]) for split in splits)
+
+
+def test_fields_of_the_config_are_replaced_in_the_runs_only(command, tmp_path, capsys):
+    options = ["--lengths", "16", "--max_steps", "2", "--config"]
+    arguments = command(tmp_path / "out", *options, '{"num_global_tokens": 3}')
+    assert study.main(arguments) == 0
+    source, made = arguments[arguments.index("--model") + 1], tmp_path / "out" / "length-16" / "seed-1"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (Path(source), made)]
+    assert [config["num_global_tokens"] for config in configs] == [1, 3]
+    assert study.main(arguments) == 0
+    assert study.main(command(tmp_path / "out", *options, "{}")) == 1
+    assert study.main(command(tmp_path / "other", *options, '{"global_tokens": 3}')) == 1
+    errors = capsys.readouterr().err
+    assert "holds a run with other arguments" in errors and "--config has ['global_tokens'], which" in errors
+
+
+def test_mean_pooling_classifies_the_mean_of_the_real_tokens(command, tmp_path):
+    """Of what a run saves, which is loaded here without the hook."""
+    options = ["--lengths", str(LENGTH), "--mean-pooling", "--max_steps", "2"]
+    assert study.main(command(tmp_path, *options)) == 0
+    output = tmp_path / f"length-{LENGTH}" / "seed-1"
+    model = AutoModelForSequenceClassification.from_pretrained(output, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for row, line in zip(make_rows("classify", 12, 2), (output / "predictions.jsonl").open(), strict=True):
+        states = model.base_model(**tokenizer(row["text"], return_tensors="pt")).last_hidden_state
+        found = dict(zip(model.config.id2label.values(), model.classifier(states.mean(1))[0].tolist(), strict=True))
+        assert json.loads(line)["scores"] == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--chunks", "--mean-pooling"])
+def test_only_classifiers_read_chunks_and_pool(option, command, tmp_path, capsys):
+    assert study.main(command(tmp_path, option, name="tag_tokens")) == 1
+    assert "--chunks and --mean-pooling are for classify, not for tag_tokens" in capsys.readouterr().err
+
+
 COMMANDS = {
     **{name: script.main for name, script in scripts.items()},
     "study": study.main,
@@ -178,15 +234,32 @@ def test_classification_scores_by_hand():
     assert scores == pytest.approx({"accuracy": 1 / 3, "micro_f1": 4 / 6, "macro_f1": (0.8 + 0) / 2})
 
 
-# --- baselines
+# --- chunks
 
 
 def test_texts_are_cut_where_the_model_stops_reading():
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
     text = "nobody knows what this is about and how it will end in the uncharacteristically long run"
-    cut = baselines.cut_texts([text, "a ship"], tokenizer, SHORT)
-    assert text.startswith(cut[0]) and len(cut[0]) < len(text) and cut[1] == "a ship"
+    cut, *others = chunks.cut_texts([text, "a ship", ""], tokenizer, SHORT)
+    assert len(cut) > 1 and others == [["a ship"], [""]]
+    assert "".join(cut).replace(" ", "") == text.replace(" ", "")
     assert tokenizer(cut[0])["input_ids"] == tokenizer(text, truncation=True, max_length=SHORT)["input_ids"]
+
+
+def test_predictions_of_chunks_are_merged_by_hand():
+    cut = [["one", "two"], ["three"]]
+    lines = [{"reference": label, "prediction": "?", "scores": {"a": a, "b": b}}
+             for label, a, b in [("a", 3, 0), ("a", -1, 1), ("a", -1, -2)]]  # fmt: skip
+    merged = chunks.merge_predictions(lines, cut)
+    assert [(line["reference"], line["prediction"]) for line in merged] == [("a", "a"), ("a", "a")]
+    assert merged[0]["scores"] == {"a": 1, "b": 0.5}
+    merged = chunks.merge_predictions([line | {"reference": ["b"]} for line in lines], cut)
+    assert [line["prediction"] for line in merged] == [["a", "b"], []]
+    with pytest.raises(ValueError):
+        chunks.merge_predictions(lines[:2], cut)
+
+
+# --- baselines
 
 
 def test_linear_baselines_of_several_labels():

@@ -163,6 +163,7 @@ def test_a_run_scores_its_predictions(name, finished):
     if name == "classify":
         right = np.mean([line["reference"] == line["prediction"] for line in lines])
         assert found["test_accuracy"] == pytest.approx(right) and right > 0.9
+        assert all(line["prediction"] == max(line["scores"], key=line["scores"].get) for line in lines)
     else:
         pairs = [[line[side] for line in lines] for side in ("reference", "prediction")]
         scores = scripts[name].scores(*pairs)
