@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-MODES = ("forward", "training", "backward")
+MODES = ("forward", "training", "checkpointed", "backward")  # of benchmarks.speed; others have their own scripts
+INFERENCE = ("forward", "generate", "embed")  # the modes without gradients
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -43,6 +44,14 @@ SIZES = {
 
 
 @dataclass(frozen=True)
+class Embedders(Size):
+    """The directories of two models of sentence-transformers. Their sizes are in their own files."""
+
+    source: str = ""
+    converted: str = ""
+
+
+@dataclass(frozen=True)
 class Case:
     """One thing to time.
 
@@ -50,11 +59,14 @@ class Case:
         contestant: a name of `contestants.find_contestant`.
         mode: "forward" is the base model in `eval()` under `no_grad`; "training" is the masked-LM class in `train()`
             without dropout: forward, loss on 15 % of the tokens, backward, gradients cleared; "backward" is the base
-            model in `train()`: forward, backward from all real tokens' states, gradients cleared.
+            model in `train()`: forward, backward from all real tokens' states, gradients cleared; "checkpointed" is
+            "training" with gradient checkpointing; "generate" is a sequence-to-sequence model that reads a text and
+            writes another; "embed" is a model of sentence-transformers that reads texts.
         lengths: tokens of each document of the batch; shorter ones are padded on the right, with an attention mask.
         dtype: of weights and activations; the weights are cast.
         device: "cpu" or "cuda".
         layers: the number of layers, if it differs from the size's.
+        new_tokens, beams: of "generate".
     """
 
     contestant: str
@@ -63,6 +75,8 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     layers: int | None = None
+    new_tokens: int = 0
+    beams: int = 1
 
     @property
     def tokens(self) -> int:
@@ -77,7 +91,8 @@ class Case:
     def __str__(self) -> str:
         batch, length = self.shape
         layers = "" if self.layers is None else f", {self.layers} layers"
-        return f"{self.mode} {self.dtype} {batch} x {length} {self.contestant} ({self.device}{layers})"
+        new = f", {self.new_tokens} new tokens, {self.beams} beams" if self.new_tokens else ""
+        return f"{self.mode} {self.dtype} {batch} x {length} {self.contestant} ({self.device}{layers}{new})"
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Result:
         weights_bytes: parameters and buffers.
         error: why the case failed; None if it succeeded.
         code: digest of the measured modules of ours, see `runner.code_digest`.
+        cache_bytes: keys and values that the model holds at the end of "generate"; None if unknown.
     """
 
     case: Case
@@ -100,6 +116,7 @@ class Result:
     weights_bytes: int | None = None
     error: str | None = None
     code: str = ""
+    cache_bytes: int | None = None
 
     @property
     def median(self) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Size
-from lsg_albert import LSGAlbertConfig, LSGAlbertForMaskedLM, LSGAlbertModel
+from lsg_albert import LSGAlbertConfig, LSGAlbertForConditionalGeneration, LSGAlbertForMaskedLM, LSGAlbertModel
 from lsg_albert.lsg_pattern import SPARSITY_TYPES
 
 TOLERANCE = 1e-4  # between ours and ALBERT in float32; outputs have a size of about 1 after the layer norm
@@ -36,11 +36,11 @@ class Contestant:
     Args:
         label: the description for the reports.
         make: (size, longest input in tokens, mode) -> the model, in float32 on the CPU; for the mode "training" with
-            the masked-LM head.
+            the masked-LM head, for "generate" a sequence-to-sequence model.
         check: (size, device); raises `WrongOutput` if the model computes something wrong.
         before_case: called with the model before each case.
         context: wraps every call.
-        takes: "input_ids", or "embeddings" for a matrix (tokens, embedding) instead.
+        takes: "input_ids", "embeddings" for a matrix (tokens, embedding) instead, or "texts" for a list of strings.
         compiled: whether `torch.compile` is applied.
         compiles: whether the first call of a shape compiles something, so that only the second call counts.
     """
@@ -84,8 +84,8 @@ def ours(label: str, compiled: bool = False, **fields: object) -> Contestant:
     """Our model; `fields` replace fields of the default configuration."""
 
     def make(size: Size, positions: int, mode: str) -> nn.Module:
-        model_class = LSGAlbertModel if mode != "training" else LSGAlbertForMaskedLM
-        return model_class(ours_config(size, positions, **fields))
+        classes = {"training": LSGAlbertForMaskedLM, "generate": LSGAlbertForConditionalGeneration}
+        return classes.get(mode, LSGAlbertModel)(ours_config(size, positions, **fields))
 
     def check(size: Size, device: str) -> None:
         check_against_albert(size, device, **fields)
@@ -141,13 +141,13 @@ def check_against_albert(size: Size, device: str, **fields: object) -> None:
             check_equal(model(text).last_hidden_state, albert(text).last_hidden_state, f"{length} tokens")
 
 
-def check_equal(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raise `WrongOutput` unless both are equal up to `TOLERANCE`."""
+def check_equal(actual: Tensor, expected: Tensor, what: str, other: str = "ALBERT's") -> None:
+    """Raise `WrongOutput` unless both are equal up to `TOLERANCE`. The `other` output is the expected one."""
     if actual.shape != expected.shape:
         raise WrongOutput(f"{what}: the shape is {tuple(actual.shape)}, not {tuple(expected.shape)}")
     difference = (actual - expected).abs().max().item()
     if not difference <= TOLERANCE:  # this form also refuses NaN
-        raise WrongOutput(f"{what}: the output differs from ALBERT's by {difference:.1e}, more than {TOLERANCE:.0e}")
+        raise WrongOutput(f"{what}: the output differs from {other} by {difference:.1e}, more than {TOLERANCE:.0e}")
 
 
 def make_albert(size: Size, positions: int, mode: str, attention: str) -> nn.Module:
@@ -198,6 +198,30 @@ def make_modernbert(size: Size, positions: int, mode: str) -> nn.Module:
     return getattr(transformers, "ModernBertModel" if mode != "training" else "ModernBertForMaskedLM")(config)
 
 
+def make_led(size: Size, positions: int, mode: str) -> nn.Module:
+    """LED-base: half of the layers are the encoder's. Its window is twice Longformer's."""
+    layers, heads, window = size.layers // 2, size.heads, 2 * size.longformer_window
+    config = transformers.LEDConfig(
+        vocab_size=size.vocabulary, d_model=size.hidden, encoder_layers=layers, decoder_layers=layers,
+        encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_ffn_dim=size.feed_forward,
+        decoder_ffn_dim=size.feed_forward, attention_window=window, dropout=0.0, attention_dropout=0.0,
+        max_encoder_position_embeddings=round_up(positions, window), max_decoder_position_embeddings=positions,
+    )  # fmt: skip
+    return transformers.LEDForConditionalGeneration(config)
+
+
+def make_two_berts(size: Size, positions: int, mode: str) -> nn.Module:
+    fields = {**common_fields(size), **without_dropout(), "max_position_embeddings": positions}
+    encoder = transformers.BertModel(transformers.BertConfig(**fields), add_pooling_layer=False)
+    decoder = transformers.BertLMHeadModel(
+        transformers.BertConfig(**fields, is_decoder=True, add_cross_attention=True)
+    )
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 2, 3, 0
+    return model
+
+
 class Floor(nn.Module):
     """The matrix products of our projections and feed-forward parts, with their biases, and nothing else.
 
@@ -246,6 +270,12 @@ PEERS = {
     "bigbird": Contestant("transformers BigBird, block_sparse", make_bigbird, before_case=make_bigbird_sparse),
     "modernbert": Contestant("transformers ModernBERT, sdpa, 12 layers", make_modernbert),
 }
+WRITERS = {  # for the mode "generate" alone
+    "led": Contestant("transformers LED-base, half of the layers decode, no global token", make_led),
+    "two-berts": Contestant(
+        "transformers EncoderDecoderModel of two BERTs, sdpa, positions stretched", make_two_berts
+    ),
+}
 FLOOR = {"floor": Contestant("only the matrix products of ours", make_floor, takes="embeddings")}
 OTHERS = {
     "ours-unpacked": unpacked(),
@@ -255,8 +285,8 @@ OTHERS = {
     ),
     "albert-flash": albert("sdpa, flash kernel forced", "sdpa", flash_only),
 }
-GROUPS = {"selections": SELECTIONS, "flex": FLEX, "peers": PEERS}
-CONTESTANTS = {**OURS, **SELECTIONS, **FLEX, **PEERS, **FLOOR, **OTHERS}
+GROUPS = {"selections": SELECTIONS, "flex": FLEX, "peers": PEERS, "writers": WRITERS}
+CONTESTANTS = {**OURS, **SELECTIONS, **FLEX, **PEERS, **WRITERS, **FLOOR, **OTHERS}
 
 
 def find_contestant(name: str) -> Contestant:

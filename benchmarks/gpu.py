@@ -22,6 +22,7 @@ from benchmarks.runner import Store, Workers, describe_machine, measure_group, w
 from benchmarks.speed import (
     TIMED,
     add_plan_arguments,
+    add_size_argument,
     count_calls,
     describe,
     describe_plan,
@@ -249,6 +250,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--matrix", type=int, default=MATRIX, help=argparse.SUPPRESS)
     # To try the script without a card; the numbers mean nothing.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    add_size_argument(parser)
     add_plan_arguments(parser, rounds=5, budget=30)
     return parser.parse_args(argv)
 

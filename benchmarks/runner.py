@@ -131,7 +131,8 @@ class _Progress:
         calls = self.calls or {0: self.first}
         peaks = [call.peak_bytes for call in calls.values() if call.peak_bytes is not None]
         seconds = {number: call.seconds for number, call in calls.items()}
-        return Result(case, seconds, max(peaks, default=None), self.first.weights_bytes, code=code)
+        peak_bytes, first = max(peaks, default=None), self.first
+        return Result(case, seconds, peak_bytes, first.weights_bytes, code=code, cache_bytes=first.cache_bytes)
 
 
 def measure_group(workers: Workers, cases: list[Case], code: str, say: Callable[[str], None] = print) -> list[Result]:
@@ -171,20 +172,22 @@ def estimate_left(done: Iterable[Result], todo: Iterable[Case], plan: Plan) -> f
 
     Time is taken to be proportional to the tokens, and a training step to be three forward passes.
     """
-    passes = {"forward": 1, "training": 3, "backward": 3}
+    passes = {"training": 3, "backward": 3, "checkpointed": 4}
     good = [result for result in done if result.error is None]
     if not good:
         return None
 
     def distance(result: Result, case: Case) -> tuple:
         other = result.case
-        unlike = [getattr(other, name) != getattr(case, name) for name in ("contestant", "mode", "dtype")]
+        unlike = [
+            getattr(other, name) != getattr(case, name) for name in ("contestant", "mode", "dtype", "new_tokens")
+        ]
         return *unlike, abs(other.tokens - case.tokens)
 
     total = 0.0
     for case in todo:
         nearest = min(good, key=lambda result, case=case: distance(result, case))
-        scale = case.tokens / nearest.case.tokens * passes[case.mode] / passes[nearest.case.mode]
+        scale = case.tokens / nearest.case.tokens * passes.get(case.mode, 1) / passes.get(nearest.case.mode, 1)
         total += seconds_of_case(nearest.median * scale, plan)
     return total
 

@@ -28,6 +28,7 @@ TIMED = {
         "Training step of the masked language model: `train()` without dropout; forward pass, loss on 15 % of the "
         "tokens, backward pass, gradients cleared. No optimizer."
     ),
+    "checkpointed": "The same training step with gradient checkpointing.",
     "backward": (
         "The base model forward and backward: `train()` without dropout; backward from the states of all real tokens, "
         "gradients cleared."
@@ -35,9 +36,12 @@ TIMED = {
 }
 
 
+def add_size_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=SIZES, default="base", help="size of the models (default: base)")
+
+
 def add_plan_arguments(parser: argparse.ArgumentParser, rounds: int, budget: float) -> None:
     """The options that every benchmark has."""
-    parser.add_argument("--size", choices=SIZES, default="base", help="size of the models (default: base)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed calls per case (default: {rounds})")
     parser.add_argument(
@@ -51,6 +55,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser, rounds: int, budget: flo
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the reports (default: benchmarks/results)"
     )
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers in a comma-separated list."""
+    return [int(number) for number in text.split(",")]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,11 +78,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="comma-separated (default: float32,bfloat16)",
     )  # fmt: skip
     parser.add_argument(
-        "--lengths", type=lambda text: [int(n) for n in text.split(",")], default=",".join(map(str, LENGTHS)),
+        "--lengths", type=numbers, default=",".join(map(str, LENGTHS)),
         help=f"tokens, comma-separated (default: {','.join(map(str, LENGTHS))})",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="documents per batch (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
+    add_size_argument(parser)
     add_plan_arguments(parser, rounds=5, budget=60)
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

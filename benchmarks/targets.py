@@ -2,6 +2,7 @@
 
     python -m benchmarks.targets --name targets
     python -m benchmarks.targets --name trial --groups forward-float32,padding-forward
+    python -m benchmarks.targets --name very-long --set very-long
 
 Run this from the repository's root. The numbers are medians of ratios within interleaved rounds, as in
 `benchmarks.speed`.
@@ -16,6 +17,7 @@ from benchmarks.contestants import OTHER_SELECTIONS
 from benchmarks.runner import Store, Workers, describe_machine, run_groups, write_atomically
 from benchmarks.speed import (
     add_plan_arguments,
+    add_size_argument,
     count_calls,
     describe,
     describe_plan,
@@ -42,7 +44,8 @@ class Target:
         text: the description of the number.
         limit: the target.
         numerators, denominators: cases whose times are added up and divided.
-        quantity: "time", or "memory" for the peak beyond the weights, with one case on each side.
+        quantity: "time"; "memory" for the peak beyond the weights, with one case on each side; or "GiB" for the peak and
+            the weights of one case.
     """
 
     group: str
@@ -101,6 +104,25 @@ def make_targets(divisor: int = 1) -> list[Target]:
     return targets
 
 
+def very_long_targets(divisor: int = 1) -> list[Target]:
+    """The targets for very long texts; all lengths are divided by `divisor`."""
+    short, training, long, longest = (length // divisor for length in (16384, 32768, 65536, 131072))
+
+    def case(length: int, mode: str = "forward") -> tuple[Case, ...]:
+        return (Case("ours", mode, (length,)),)
+
+    text = f"training step with gradient checkpointing, {training}, float32: GiB"
+    return [
+        Target("forward", f"forward, float32, {longest} against {short}: time", 8.4, case(longest), case(short)),
+        Target("forward", f"forward, {long}, float32: GiB", 24, case(long), (), "GiB"),
+        Target("forward", f"forward, {longest}, float32: GiB", 24, case(longest), (), "GiB"),
+        Target("checkpointed", text, 24, case(training, "checkpointed"), (), "GiB"),
+    ]
+
+
+SETS = {"standard": make_targets, "very-long": very_long_targets}
+
+
 def make_groups(targets: Iterable[Target]) -> dict[str, list[Case]]:
     """The cases of each group, each once, in the order of the targets."""
     groups: dict[str, dict[Case, None]] = {}
@@ -110,10 +132,13 @@ def make_groups(targets: Iterable[Target]) -> dict[str, list[Case]]:
 
 
 def measured_value(target: Target, results: dict[Case, Result]) -> float | None:
-    """The target's measured number; None if one of its cases failed."""
+    """The target's measured number; None if one of its cases failed, or its memory is unknown."""
     numerators, denominators = (
         [results[case] for case in cases] for cases in (target.numerators, target.denominators)
     )
+    if target.quantity == "GiB":
+        (result,) = numerators
+        return None if result.peak_bytes is None else (result.peak_bytes + result.weights_bytes) / 2**30
     if target.quantity == "memory":
         return memory_ratio(numerators[0], denominators[0])
     return time_ratio(numerators, denominators)
@@ -160,22 +185,25 @@ def result_cells(result: Result) -> list[str]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="targets", help="name of the reports (default: targets)")
-    known = list(make_groups(make_targets()))
+    known = {name: list(make_groups(targets())) for name, targets in SETS.items()}
+    parser.add_argument("--set", choices=SETS, default="standard", help="set of targets (default: standard)")
     parser.add_argument(
-        "--groups", type=lambda text: text.split(","), default=",".join(known),
-        help=f"groups of targets, comma-separated (default: all: {','.join(known)})",
+        "--groups", type=lambda text: text.split(","),
+        help=f"groups of the set, comma-separated (default: all; standard has {','.join(known['standard'])})",
     )  # fmt: skip
+    add_size_argument(parser)
     add_plan_arguments(parser, rounds=5, budget=300)
     args = parser.parse_args(argv)
-    unknown = set(args.groups) - set(known)
+    args.groups = args.groups or known[args.set]
+    unknown = set(args.groups) - set(known[args.set])
     if unknown:
-        parser.error(f"there is no group {', '.join(unknown)}: choose from {', '.join(known)}")
+        parser.error(f"there is no group {', '.join(unknown)}: choose from {', '.join(known[args.set])}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> str:
     args = parse_args(argv)
-    targets = make_targets(TINY_DIVISOR if args.size == "tiny" else 1)
+    targets = SETS[args.set](TINY_DIVISOR if args.size == "tiny" else 1)
     groups = {name: cases for name, cases in make_groups(targets).items() if name in args.groups}
     # The model is the same for all groups, no matter which of them are measured.
     plan = make_plan(args, positions=max(max(case.lengths) for target in targets for case in target.cases))

@@ -10,16 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers import EncoderDecoderCache
+from transformers.utils import ModelOutput, logging
 
-from benchmarks.cases import Case, Size
+from benchmarks.cases import INFERENCE, Case, Size
 from benchmarks.contestants import WrongOutput, find_contestant
+from lsg_albert.lsg_compat import cached
 
 LABELLED = 0.15  # the share of tokens in the masked-LM loss
 IGNORED = -100
+CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second until 5.23
+WORDS = "the river flows from mountains into sea ships go up down on it towns lie both sides".split()
 FIRST_WORD = 5  # smaller ids are special tokens in some of the models
 MEMORY_RESERVE = 2**29  # bytes that a case leaves for the rest of the machine
 
@@ -36,11 +41,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: its time in seconds, and its peak memory (see `Result`)."""
+    """One call of the model: its time in seconds, its peak memory and its cache (see `Result`)."""
 
     seconds: float
     peak_bytes: int | None
     weights_bytes: int
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,11 @@ class Failure:
     error: str
 
 
-def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, Tensor]:
+def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, Any]:
     """Random inputs of a case, the same for every contestant, on the case's device.
 
     Args:
-        case: the lengths of the documents, the mode (training has labels) and the device.
+        case: the lengths of the documents, the mode (training has labels, "generate" has its options) and the device.
         size: the vocabulary and the width of the embeddings.
         takes: see `Contestant`.
 
@@ -62,22 +68,37 @@ def make_inputs(case: Case, size: Size, takes: str = "input_ids") -> dict[str, T
         The keyword arguments of the model. There is a mask only if the documents differ in length.
     """
     generator = torch.Generator().manual_seed(0)
+    if takes == "texts":
+        return {"texts": [make_text(length, generator) for length in case.lengths]}
     if takes == "embeddings":
         batch, length = case.shape
         embeddings = torch.randn(batch * length, size.embedding, generator=generator)
         embeddings = embeddings.to(case.device, getattr(torch, case.dtype))
         # In a model the embeddings have a gradient.
-        return {"embeddings": embeddings.requires_grad_(case.mode != "forward")}
+        return {"embeddings": embeddings.requires_grad_(case.mode not in INFERENCE)}
     input_ids = torch.randint(FIRST_WORD, size.vocabulary, case.shape, generator=generator)
     real = torch.arange(case.shape[1]) < torch.tensor(case.lengths)[:, None]
     inputs = {"input_ids": input_ids.masked_fill(~real, 0)}
     if not real.all():
         inputs["attention_mask"] = real.long()
-    if case.mode == "training":
+    if case.mode in ("training", "checkpointed"):
         labelled = (torch.rand(case.shape, generator=generator) < LABELLED) & real
         labelled[:, 0] = True  # otherwise, a tiny input may have no label
         inputs["labels"] = input_ids.masked_fill(~labelled, IGNORED)
-    return {name: tensor.to(case.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(case.device) for name, tensor in inputs.items()}
+    return inputs | generation_options(case) if case.mode == "generate" else inputs
+
+
+def make_text(length: int, generator: torch.Generator) -> str:
+    """A text of `length` tokens of a BERT: random words of one token each, without the two special tokens."""
+    words = torch.randint(len(WORDS), (max(1, length - 2),), generator=generator)
+    return " ".join(WORDS[i] for i in words)
+
+
+def generation_options(case: Case) -> dict[str, Any]:
+    """The arguments of `generate` for exactly `new_tokens` tokens: greedy, or with beams."""
+    exactly = {"min_new_tokens": case.new_tokens, "max_new_tokens": case.new_tokens}
+    return {**exactly, "num_beams": case.beams, "do_sample": False, "return_dict_in_generate": True}
 
 
 def make_model(setup: Setup, case: Case) -> nn.Module:
@@ -85,19 +106,27 @@ def make_model(setup: Setup, case: Case) -> nn.Module:
     contestant = find_contestant(setup.contestant)
     torch.manual_seed(0)
     size = setup.size if case.layers is None else replace(setup.size, layers=case.layers)
-    model = contestant.make(size, setup.positions, case.mode)
-    model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode != "forward")
+    model = contestant.make(size, setup.positions, "training" if case.mode == "checkpointed" else case.mode)
+    model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode not in INFERENCE)
+    if case.mode == "checkpointed":
+        name = next(name for name in CHECKPOINTING if hasattr(model, name))
+        getattr(model, name)({"use_reentrant": False})
     if contestant.compiled:
         model.compile(dynamic=False)  # for this shape, as in a training with one shape
     return model
 
 
-def run_model(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Tensor:
-    """The timed call. Returns the states (batch, length, hidden), or the loss after its backward pass."""
+def run_model(model: nn.Module, inputs: dict[str, Any], mode: str) -> Tensor | ModelOutput:
+    """The timed call. Returns the states (batch, length, hidden), the loss after its backward pass, what `generate`
+    returns, or the vectors (texts, dim) of "embed"."""
+    if mode == "generate":
+        return model.generate(**inputs)
+    if mode == "embed":
+        return model(**inputs)
     if mode == "forward":
         with torch.no_grad():
             return model(**inputs).last_hidden_state
-    loss = model(**inputs).loss if mode == "training" else loss_of_states(model, inputs)
+    loss = loss_of_states(model, inputs) if mode == "backward" else model(**inputs).loss
     loss.backward()
     return loss.detach()
 
@@ -110,26 +139,64 @@ def loss_of_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return (states @ torch.linspace(-1, 1, states.shape[-1], dtype=states.dtype, device=states.device)).mean()
 
 
-def clear_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+def clear_gradients(model: nn.Module, inputs: dict[str, Any]) -> None:
     model.zero_grad(set_to_none=True)
-    for tensor in inputs.values():
-        tensor.grad = None
+    if "embeddings" in inputs:
+        inputs["embeddings"].grad = None
 
 
-def check_outputs(output: Tensor, model: nn.Module, inputs: dict[str, Tensor], mode: str, size: Size) -> None:
+def check_outputs(
+    output: Tensor | ModelOutput, model: nn.Module, inputs: dict[str, Any], mode: str, size: Size
+) -> None:
     """Raise `WrongOutput` unless the output and all gradients are finite and the output has the right shape."""
+    if mode == "generate":
+        check_generated(output.sequences, model, inputs)
+        return
+    if mode == "embed":
+        if output.ndim != 2 or len(output) != len(inputs["texts"]) or not output.isfinite().all():
+            raise WrongOutput(f"{len(inputs['texts'])} texts gave no finite vectors, but {tuple(output.shape)}")
+        return
     shape = (*next(iter(inputs.values())).shape[: 2 if "input_ids" in inputs else 1], size.hidden)
     if mode == "forward" and output.shape != shape:
         raise WrongOutput(f"the output has the shape {tuple(output.shape)}, not {shape}")
     if not output.isfinite().all():
         raise WrongOutput("the output is not finite")
-    if mode != "forward":
+    if mode not in INFERENCE:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if not gradients:
             raise WrongOutput("no parameter has a gradient")
         wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         if wrong:
             raise WrongOutput(f"gradients that are not finite: {', '.join(wrong[:3])}")
+
+
+@torch.no_grad()
+def check_generated(sequences: Tensor, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise `WrongOutput` unless all tokens were generated (batch, 1 + new tokens), from finite scores.
+
+    The scores are computed without a cache. So without beams, each token must have the best of them, up to rounding.
+    """
+    shape = (len(inputs["input_ids"]), 1 + inputs["max_new_tokens"])
+    if sequences.shape != shape:
+        raise WrongOutput(f"the generated ids have the shape {tuple(sequences.shape)}, not {shape}")
+    scores = model(input_ids=inputs["input_ids"], decoder_input_ids=sequences[:, :-1]).logits
+    if not scores.isfinite().all():
+        raise WrongOutput("the scores of the generated tokens are not finite")
+    if inputs["num_beams"] == 1:
+        tolerance = torch.finfo(scores.dtype).eps ** 0.5 * scores.std()
+        scores[..., model.generation_config.eos_token_id] = -torch.inf  # `generate` was not allowed to stop
+        missed = (scores.amax(-1) - scores.gather(-1, sequences[:, 1:, None])[..., 0]).max()
+        if missed > tolerance:
+            raise WrongOutput(f"a generated token misses the best score by {missed:.1e}, more than {tolerance:.1e}")
+
+
+def bytes_of_cache(output: Any) -> int | None:
+    """The keys and values that a model holds at the end of `generate`; None without an `EncoderDecoderCache`."""
+    caches = [x for x in output.values() if isinstance(x, EncoderDecoderCache)] if isinstance(output, dict) else []
+    if not caches:
+        return None
+    parts = (caches[0].self_attention_cache, caches[0].cross_attention_cache)
+    return sum(x.nbytes for part in parts for i in range(len(part)) for x in cached(part, i) or ())
 
 
 def synchronize(device: str) -> None:
@@ -260,7 +327,7 @@ class Measuring:
         if check:
             check_outputs(output, model, inputs, case.mode, self.setup.size)
         clear_gradients(model, inputs)
-        return Call(seconds, peak_bytes, bytes_of_weights(model))
+        return Call(seconds, peak_bytes, bytes_of_weights(model), bytes_of_cache(output))
 
     def forget_case(self, case: Case) -> None:
         """Free the memory of a case; the model stays for the next one."""

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import cases, contestants, gpu, profile_layer, runner, speed, targets, worker
+from benchmarks import cases, contestants, decoding, embedding, gpu, profile_layer, runner, speed, targets, worker
 from benchmarks.cases import Case, Result
 from benchmarks.contestants import Contestant, WrongOutput
 from benchmarks.worker import Call, Failure
+from family_sources import make_embedder
+from lsg_albert.conversion import convert_checkpoint
 
 TINY = cases.SIZES["tiny"]
 RUN = ["--size", "tiny", "--threads", "1", "--rounds", "2"]
@@ -325,6 +328,165 @@ def test_targets_run_end_to_end(tmp_path):
     assert list(read(tmp_path, "t")["groups"]) == groups
     assert text.count("| <= ") == 6 and "| forward, float32, 512 against 128: time |" in text
     assert "1 x 9 ours" in text
+
+
+def test_very_long_targets_are_those_of_the_project():
+    limits = {(target.quantity, target.numerators[0].mode, target.numerators[0].lengths): target.limit
+              for target in targets.very_long_targets()}  # fmt: skip
+    assert limits == {
+        ("time", "forward", (131072,)): 8.4,
+        ("GiB", "forward", (65536,)): 24,
+        ("GiB", "forward", (131072,)): 24,
+        ("GiB", "checkpointed", (32768,)): 24,
+    }
+
+
+def test_measured_value_in_gib_is_the_peak_and_the_weights():
+    target = targets.very_long_targets()[1]
+    (case,) = target.cases
+    measured = Result(case, {1: 1.0}, peak_bytes=2**31, weights_bytes=2**30)
+    assert targets.measured_value(target, {case: measured}) == 3.0
+    assert targets.measured_value(target, {case: replace(measured, peak_bytes=None)}) is None
+
+
+def test_very_long_targets_run_end_to_end(tmp_path):
+    arguments = ["--set", "very-long", "--name", "v", "--results", str(tmp_path), "--groups", "checkpointed", *RUN]
+    assert targets.main(arguments).count("| <= 24.00 | met |") == 1
+    with pytest.raises(SystemExit):
+        targets.parse_args(["--set", "very-long", "--groups", "training"])
+
+
+def test_checkpointed_training_keeps_no_activations_of_layers():
+    def kept(mode):
+        """The tensors kept for the backward pass, in bytes."""
+        case = Case("ours", mode, (64,))
+        model = worker.make_model(worker.Setup("ours", TINY, 64, 1), case)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            model(**worker.make_inputs(case, TINY))
+        return sum(sizes)
+
+    assert kept("checkpointed") < kept("training") / 2
+
+
+# decoding.py
+
+
+def written(whole, first, error=None):
+    """The results of calls for five tokens and for one, with these seconds by round."""
+    case = Case("ours", "generate", (64,), new_tokens=5)
+    return Result(case, whole, error=error), Result(replace(case, new_tokens=1), first)
+
+
+def test_one_more_token_is_the_difference_within_rounds():
+    token = decoding.one_more_token(*written({1: 9.0, 2: 90.0, 3: 4.0}, {1: 1.0, 2: 10.0}))
+    assert token.seconds == {1: 2.0, 2: 20.0}
+    assert decoding.one_more_token(*written({0: 9.0}, {1: 1.0, 2: 1.0})).seconds == {0: 2.0}  # no common round
+    assert decoding.one_more_token(*written({}, {1: 1.0}, error="broken")).error == "broken"
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """Our sequence-to-sequence model, its inputs for greedy decoding, and what it writes."""
+    case = Case("ours", "generate", (64,), new_tokens=4)
+    model = worker.make_model(worker.Setup("ours", TINY, 64, 1), case)
+    inputs = worker.make_inputs(case, TINY)
+    return model, inputs, worker.run_model(model, inputs, "generate")
+
+
+def test_check_generated_trips_on_other_tokens_and_an_early_stop(writer):
+    model, inputs, output = writer
+    worker.check_generated(output.sequences, model, inputs)
+    with pytest.raises(WrongOutput, match=r"shape \(1, 4\), not \(1, 5\)"):
+        worker.check_generated(output.sequences[:, :-1], model, inputs)
+    other = output.sequences.clone()
+    other[:, -1] = (other[:, -1] + 1) % TINY.vocabulary
+    with pytest.raises(WrongOutput, match="misses the best score"):
+        worker.check_generated(other, model, inputs)
+
+
+def test_bytes_of_cache_count_shared_keys_once(writer):
+    keys = 65 + 1 + 2 * 4  # the encoder's for the first layer, one for the second, and the decoder's in both layers
+    assert worker.bytes_of_cache(writer[2]) == 2 * keys * TINY.hidden * 4
+    assert worker.bytes_of_cache(torch.zeros(1)) is None
+
+
+def test_decoding_runs_end_to_end(tmp_path):
+    arguments = ["--name", "d", "--results", str(tmp_path), "--lengths", "32,64", "--new-tokens", "3", *RUN]
+    names = "ours,led,two-berts,test_benchmarks:broken"
+    text = decoding.main([*arguments, "--beams", "1,2", "--contestants", names])
+    assert (tmp_path / "d.md").read_text() == text
+    assert list(read(tmp_path, "d")["groups"]) == [
+        f"float32 {length}, {beams} beams" for beams in (1, 2) for length in (32, 64)
+    ]
+    for title in ("## greedy, float32", "## 2 beams, float32"):
+        assert title in text
+    assert text.count("| **failed** | RuntimeError: this one / cannot be built |") == 4 == text.count("**failed**")
+    with pytest.raises(SystemExit):
+        decoding.parse_args(["--new-tokens", "1"])
+
+
+# embedding.py
+
+
+def test_batches_hold_texts_of_about_the_same_length():
+    lengths = [4096, 100, 3000, 16000, 4000, 20000, 50]
+    assert embedding.batches(lengths, "by length") == [[5], [3], [0, 4, 2, 1], [6]]
+    assert embedding.batches(lengths, "single") == [[i] for i in range(7)]
+    assert embedding.batches([5] * 17, "mixed") == [[*range(8)], [*range(8, 16)], [16]]
+
+
+def test_draw_lengths_are_the_same_each_time():
+    lengths = embedding.draw_lengths(64, 4096)
+    assert lengths == embedding.draw_lengths(64, 4096) and 64 <= min(lengths) < 100 and 3000 < max(lengths) <= 4096
+    assert 16 < sum(length < 256 for length in lengths) < 32  # a third of the doublings
+
+
+@pytest.fixture(scope="module")
+def embedders(tmp_path_factory):
+    """The directories of an embedder and of the converted one."""
+    pytest.importorskip("sentence_transformers", reason="benchmarks/embedding.py needs it")
+    folder = tmp_path_factory.mktemp("embedders")
+    make_embedder(folder / "source")
+    convert_checkpoint(folder / "source", folder / "converted", max_length=1024, block_size=16, verify=False)
+    return folder
+
+
+def test_embedder_returns_vectors_in_the_order_of_the_texts(embedders):
+    texts = worker.make_inputs(Case("ours", "embed", (20, 40, 9)), TINY, "texts")["texts"]
+    single = embedding.Embedder(str(embedders / "source"), 512, "single", chunked=False)
+    cut, chunked = (
+        embedding.Embedder(str(embedders / "source"), 22, "by length", chunked) for chunked in (False, True)
+    )
+    torch.testing.assert_close(cut([texts[0], texts[2]]), single([texts[0], texts[2]]))
+    words = texts[1].split()
+    parts = single([" ".join(words[:20]), " ".join(words[20:])])
+    mean = torch.nn.functional.normalize(parts.mean(0), dim=0)
+    torch.testing.assert_close(chunked(texts)[1], mean)
+    torch.testing.assert_close(cut(texts)[1], parts[0])
+
+
+def test_embedding_check_trips_on_another_model(embedders):
+    source, converted = str(embedders / "source"), str(embedders / "converted")
+    embedding.check(cases.Embedders(source=source, converted=converted), "cpu")
+    other = make_embedder(embedders / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -x for name, x in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WrongOutput, match="differs from the source's"):
+        embedding.check(cases.Embedders(source=str(other), converted=converted), "cpu")
+
+
+def test_embedding_runs_end_to_end(embedders, tmp_path):
+    models = ["--source", str(embedders / "source"), "--converted", str(embedders / "converted")]
+    run = ["--threads", "1", "--rounds", "1", "--documents", "10", "--max-length", "256"]
+    text = embedding.main([*models, *run, "--name", "e", "--results", str(tmp_path)])
+    assert (tmp_path / "e.md").read_text() == text
+    assert "**failed**" not in text and all(
+        f"| {getattr(embedding, name).label} |" in text for name in embedding.NAMES
+    )
+    assert str(embedders) not in (tmp_path / "e.json").read_text()
+    with pytest.raises(SystemExit):
+        embedding.parse_args(["--source", str(tmp_path), "--converted", str(tmp_path)])
 
 
 # gpu.py
