@@ -24,17 +24,20 @@ from .lsg_tracing import is_exported, is_traced
 
 CPU_CHUNK_TOKENS = 512  # the intermediate states of this many tokens stay in the cache of a core
 
-# Two names of one function. transformers computes the first with a chain of eight kernels, the second with one kernel.
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+# The GELUs that one kernel computes, by the name that torch has for the way to compute them.
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def get_activation(name: str) -> nn.Module:
-    """The activation of transformers with that name. The configuration has checked the name."""
-    return ACT2FN[TANH_GELUS[-1] if name in TANH_GELUS else name]
+    """The activation of transformers with that name. The configuration has checked the name.
+
+    transformers computes "gelu_new" with a chain of eight kernels, and the same function under its other name with one.
+    """
+    return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 
 def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN can compute the tanh-GELU of `linear(x)` together with the product.
+    """Whether oneDNN can compute the GELU of `linear(x)` together with the product.
 
     That takes a third of the GELU's own time. It works for a plain linear layer without hooks, in inference on the
     CPU. torch.compile fuses the two itself.
@@ -55,9 +58,12 @@ def can_fuse_gelu(linear: nn.Module, x: Tensor) -> bool:
     )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tanh-GELU of a linear layer by oneDNN's fused kernel, an operator of torch that is not public."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """The GELU of a linear layer by oneDNN's fused kernel, an operator of torch that is not public.
+
+    `approximate` is as in `torch.nn.functional.gelu`.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
 
 
 @cache
@@ -70,10 +76,10 @@ def fused_gelu_dtypes() -> tuple[torch.dtype, ...]:
         try:
             if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 continue
-            fused = linear_gelu(x, weight, bias)
+            fused = torch.stack([linear_gelu(x, weight, bias, kind) for kind in ("none", "tanh")])
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # this build has no such operator
             continue
-        plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        plain = torch.stack([F.gelu(F.linear(x, weight, bias), approximate=kind) for kind in ("none", "tanh")])
         tolerance = 100 * torch.finfo(dtype).eps
         if fused.dtype == dtype and torch.allclose(fused, plain, rtol=tolerance, atol=tolerance):
             usable.append(dtype)
@@ -204,7 +210,7 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
         self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = get_activation(config.hidden_act)
-        self.is_tanh_gelu = config.hidden_act in TANH_GELUS
+        self.gelu = GELUS.get(config.hidden_act)  # None: another activation
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The new states, and the map if `map_size` is given; arguments as in `LSGAlbertAttention.forward`.
@@ -239,8 +245,8 @@ class LSGAlbertLayer(GradientCheckpointingLayer):
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The feed-forward part with its residual connection and normalization; (..., hidden) in and out."""
-        if self.is_tanh_gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
-            activated = linear_gelu(hidden_states, self.ffn.weight, self.ffn.bias)
+        if self.gelu and not self.training and can_fuse_gelu(self.ffn, hidden_states):
+            activated = linear_gelu(hidden_states, self.ffn.weight, self.ffn.bias, self.gelu)
         else:
             activated = self.activation(self.ffn(hidden_states))
         output = self.ffn_output(activated)

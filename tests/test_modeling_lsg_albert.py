@@ -754,7 +754,7 @@ def test_what_is_not_asked_for_is_not_kept(tiny_config):
     assert model(**random_inputs(), output_hidden_states=False).hidden_states is None
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
 def test_fused_activation_is_the_plain_one_and_steps_aside_for_a_hook(tiny_config, hidden_act):
     """With gradients, or with somebody who listens to the linear layer, the plain modules run."""
     model = LSGAlbertModel(tiny_config(hidden_act=hidden_act)).eval()
