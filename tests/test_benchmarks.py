@@ -406,6 +406,8 @@ def test_check_generated_trips_on_other_tokens_and_an_early_stop(writer):
 
 
 def test_bytes_of_cache_count_shared_keys_once(writer):
+    if isinstance(writer[2].past_key_values, tuple):
+        pytest.skip("`generate` of older releases returns tuples, which do not tell what is shared")
     keys = 65 + 1 + 2 * 4  # the encoder's for the first layer, one for the second, and the decoder's in both layers
     assert worker.bytes_of_cache(writer[2]) == 2 * keys * TINY.hidden * 4
     assert worker.bytes_of_cache(torch.zeros(1)) is None
