@@ -289,7 +289,6 @@ def test_ties_fall_the_same_way_in_graphs(tmp_path, dynamo):
 @pytest.mark.parametrize(
     ("head", "example"),
     [
-        ("Model", (2, 16)),
         ("Model", (2, 300)),
         ("ForMaskedLM", (2, 1024)),
         ("ForSequenceClassification", (2, 16)),
