@@ -219,6 +219,24 @@ def keep_one_bias(model: PreTrainedModel) -> None:
     model.tie_weights = tie_weights
 
 
+def muon(model: PreTrainedModel, args: Arguments) -> tuple[type[torch.optim.Optimizer], dict]:
+    """Class and arguments of an optimizer for the Trainer: Muon for the layers' matrices, AdamW for everything else.
+
+    An update of a matrix has the size that it usually has with AdamW, so both use the same learning rate (Jordan et
+    al., "Muon: An optimizer for hidden layers in neural networks", 2024; Liu et al., "Muon is Scalable for LLM
+    Training", 2025, section 2.2).
+    """
+    from pytorch_optimizer import Muon  # only --muon needs the package
+
+    layers = model.albert.encoder.albert_layer_groups
+    matrices = {weight: None for weight in layers.parameters() if weight.ndim == 2}
+    rest = [weight for weight in model.parameters() if weight not in matrices]
+    of_matrices = {"use_muon": True, "use_adjusted_lr": True, "weight_decay": args.weight_decay}
+    of_rest = {"use_muon": False, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    groups = [{"params": list(matrices), **of_matrices}, {"params": rest, "weight_decay": 0.0, **of_rest}]
+    return Muon, {"params": [{"lr": args.learning_rate, **group} for group in groups]}
+
+
 class MaskedLMTrainer(Trainer):
     """A Trainer that keeps the samples in order, and whose model computes the head only at the chosen positions."""
 
@@ -230,6 +248,8 @@ class MaskedLMTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) == 2:
             keep_one_bias(model)
+        if plugin is not None and self.optimizer_cls_and_kwargs:
+            raise ValueError("--muon cannot be used with FSDP, which replaces the weights that it would train")
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(Progress())
@@ -336,6 +356,7 @@ def build_trainer(args: argparse.Namespace) -> MaskedLMTrainer:
         eval_dataset=MaskedSamples(evaluation, masker, tokenizer, args.eval_seed, eval_size),
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=muon(model, arguments) if args.muon else None,
     )
 
 
@@ -383,6 +404,7 @@ class Options:  # in addition to the Trainer's own arguments
         default=None, help="number of trained positions; those after them are set to continue them"
     )
     compile: bool = HfArg(default=False, help="torch.compile the encoder")
+    muon: bool = HfArg(default=False, help="train the layers' matrices with Muon, and the rest with AdamW")
     groups: int | None = HfArg(
         default=None, help="number of layer groups with their own weights; None: as in --model, or one"
     )

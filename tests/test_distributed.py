@@ -221,6 +221,14 @@ def test_fsdp_trains_an_lsg_model_as_one_process(corpus, lsg_albert, one_lsg_pro
     assert_same_training(tmp_path / "out", one_lsg_process)
 
 
+@fsdp
+def test_fsdp_refuses_an_optimizer_of_whole_matrices(corpus, plain_albert, tmp_path):
+    arguments = fsdp_command(corpus, plain_albert, tmp_path / "out", tmp_path)
+    refused = subprocess.run([*arguments, "--muon"], env={**os.environ, **ENVIRONMENT}, cwd=ROOT, capture_output=True,
+        text=True, timeout=200)  # fmt: skip
+    assert refused.returncode and "--muon cannot be used with FSDP" in refused.stderr
+
+
 def test_a_sharded_model_is_saved_with_its_own_code(lsg_albert, tmp_path):
     """Not with PyTorch's, whose `fully_shard` changes its class."""
     model = AutoModelForMaskedLM.from_pretrained(lsg_albert[1], trust_remote_code=True)

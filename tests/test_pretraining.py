@@ -229,11 +229,13 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.fixture(params=["new", "plain", "lsg"])
+@pytest.fixture(params=["new", "muon", "plain", "lsg"])
 def start(request, tiny_config, tmp_path) -> list[str]:
     """What to train: a new model, or one from a checkpoint, which transformers 5.0.0 saves under other names."""
     if request.param == "new":
         return []
+    if request.param == "muon":
+        return ["--muon"]
     torch.manual_seed(0)
     if request.param == "plain":
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "embedding_size": 8}
@@ -433,6 +435,27 @@ def test_training_lowers_the_loss(corpus, tmp_path):
         pretrain_mlm.parse_args(arguments(corpus, tmp_path, "--max_steps", "60", "--learning_rate", "0.01"))
     )
     assert np.mean(losses(tmp_path)[-5:]) < np.mean(losses(tmp_path)[:5]) - 2
+
+
+@training
+def test_muon_makes_the_updates_of_matrices_orthogonal(corpus, tmp_path):
+    """A matrix changes by about 0.2 sqrt(longer side) times its gradient's polar factor, other weights as with AdamW."""
+    options = ["--muon", "--max_steps", "1", "--warmup_steps", "0", "--dropout", "0", "--weight_decay", "0"]
+    args = pretrain_mlm.parse_args(arguments(corpus, tmp_path, *options, "--learning_rate", "0.01"))
+    trainer = pretrain_mlm.build_trainer(args)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    changes = {name: (value - before[name]) / 0.01 for name, value in trainer.model.state_dict().items()}
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0."
+    matrices = [name for name, change in changes.items() if name.startswith(layer) and change.ndim == 2]
+    assert len(matrices) == 6
+    for name in matrices:
+        # the polar factor's singular values are 1; the iteration of Newton and Schulz leaves the large ones near it
+        largest = torch.linalg.matrix_norm(changes[name], 2) / (0.2 * max(changes[name].shape) ** 0.5)
+        assert 0.6 < largest < 1.3, name
+    for name in set(changes) - set(matrices):
+        assert changes[name].abs().max() < 1.01, name  # AdamW's first step is the gradient's sign
+    assert changes["albert.embeddings.word_embeddings.weight"].abs().max() > 0.9
 
 
 @training
