@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,11 @@ def load_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: 
     stem = folder / f"{Path(source).name}-{_cache_key(source, tokenizer)}"
     tokens, index = Path(f"{stem}.tokens.npy"), Path(f"{stem}.json")
     if not index.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         documents = tokenize_source(source, tokenizer)
-        np.save(tokens, documents.tokens)
+        array = BytesIO()
+        np.save(array, documents.tokens)
+        # never in place: another process that filled the cache at the same time has already mapped the file
+        write_atomically(tokens, array.getvalue())
         content = {"offsets": documents.offsets.tolist(), "ids": documents.ids}
         write_atomically(index, json.dumps(content).encode())  # last: its presence shows a complete cache
     content = json.loads(index.read_text())

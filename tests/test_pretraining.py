@@ -1,6 +1,7 @@
 """Masking, cutting and training, on a text written here and the vocabulary at the root."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForMaskedLM, 
 
 from helpers import write_repository
 from lsg_albert import LSGAlbertForMaskedLM
-from pretraining import pretrain_mlm
+from pretraining import pretrain_mlm, token_cache
 from pretraining.corpus import CorpusError, is_drawn, read_documents
 from pretraining.initial_weights import extend_positions, look_at_neighbours, position_features, shift, unshare_layers
 from pretraining.masking import IGNORED, Masker
@@ -140,6 +141,17 @@ def test_cache_gives_the_tokens_of_the_documents(corpus, tokenizer, tmp_path):
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     for row, begin, end in zip(rows, again.offsets, again.offsets[1:], strict=False):
         assert list(again.tokens[begin:end]) == tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+
+
+def test_a_cache_is_not_changed_under_its_readers(corpus, tokenizer, tmp_path, monkeypatch):
+    """Two processes find no cache. The second one writes the file when the first one already reads it."""
+    documents = load_tokens(corpus, tokenizer, tmp_path)
+    expected = documents.tokens.copy()
+    for index in tmp_path.glob("corpus*-*.json"):
+        index.unlink()
+    monkeypatch.setattr(token_cache, "tokenize_source", lambda *_: dataclasses.replace(documents, tokens=expected + 1))
+    assert (load_tokens(corpus, tokenizer, tmp_path).tokens == expected + 1).all()
+    assert (documents.tokens == expected).all()
 
 
 def test_samples_come_from_one_document_and_every_pass_reads_all(corpus, tokenizer, tmp_path):
