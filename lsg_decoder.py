@@ -189,6 +189,23 @@ class LSGAlbertDecoderLayer(GradientCheckpointingLayer):
         return layer.feed_forward(hidden_states), self_map, cross_map
 
 
+def initial_value(attention: nn.Module, name: str) -> Tensor:
+    """The value with which a cross-attention's parameter starts, from the self-attention before it.
+
+    It is the value there, except for the normalization, which comes right after that of the self-attention. A copy would
+    scale and shift every feature a second time. Instead, all features get the deviation and the mean that the features
+    of a state have after the first normalization, so the second one hardly changes a state.
+    """
+    module, _, kind = name.rpartition(".")
+    value = attention.get_parameter(name)
+    if module != "LayerNorm":
+        return value
+    weight, bias = attention.LayerNorm.weight.float(), attention.LayerNorm.bias.float()
+    mean = bias.mean()
+    deviation = (weight.square().mean() + (bias - mean).square().mean()).sqrt()
+    return (deviation if kind == "weight" else mean).to(value.dtype).expand_as(value)
+
+
 class LSGAlbertDecoder(nn.Module):
     """The cross-attentions, one for each layer of each group, and the loop that runs them in the encoder's layers."""
 
@@ -280,7 +297,7 @@ class LSGAlbertDecoder(nn.Module):
 
     @torch.no_grad()
     def copy_self_attentions(self, layer_groups: nn.ModuleList, names: set[str] | None = None) -> None:
-        """Give cross-attentions the weights of the self-attentions before them.
+        """Give cross-attentions their `initial_value`s.
 
         Args:
             layer_groups: of the encoder.
@@ -289,7 +306,7 @@ class LSGAlbertDecoder(nn.Module):
         for name, parameter in list(self.named_parameters()):
             _, group, inner, *rest = name.split(".")
             attention = layer_groups[int(group)].albert_layers[int(inner)].attention
-            source = attention.get_parameter(".".join(rest))
+            source = initial_value(attention, ".".join(rest))
             if parameter.is_meta and not source.is_meta:
                 # With `low_cpu_mem_usage=True`, transformers 4.4x neither reports this parameter nor gives it values.
                 self.get_submodule(name.rpartition(".")[0]).register_parameter(rest[-1], nn.Parameter(source.clone()))

@@ -396,8 +396,9 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in `PreTrainedModel`, but this also fills in what an encoder's checkpoint lacks.
 
-        Missing cross-attentions get the weights of the self-attentions. `generation_config` gets missing ids from the
-        config and, with an encoder's checkpoint, `use_cache`: the value in an encoder's files is ignored.
+        Missing cross-attentions become copies of the self-attentions, with a normalization that hardly changes a state.
+        `generation_config` gets missing ids from the config and, with an encoder's checkpoint, `use_cache`: the value in
+        an encoder's files is ignored.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = {name.removeprefix("decoder.") for name in info["missing_keys"]}
