@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(output)
 
     result = trainer.predict(data[2])
-    ids = np.where(result.predictions < 0, tokenizer.pad_token_id, result.predictions)
+    ids = result.predictions[: len(test)]  # several processes repeat rows at the end, so that all have the same number
+    ids = np.where(ids < 0, tokenizer.pad_token_id, ids)
     predicted = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     references = [row["summary"] for row in test]
     metrics = result.metrics | {f"test_{name}": value for name, value in scores(references, predicted).items()}

@@ -341,19 +341,32 @@ def test_a_stopped_run_goes_on_in_a_new_process(name, command, finished, tmp_pat
     assert losses(output) == losses(finished) and predictions(output) == predictions(finished)
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classify", "summarize"])
+def test_two_processes_predict_each_row_once(name, command, tmp_path):
+    """Batches of 5 for each process do not divide the 12 rows, so the last ones are filled up."""
+    options = [*command(name, tmp_path / "out"), "--max_steps", "1", "--per_device_eval_batch_size", "5"]
+    arguments = [*TWO_PROCESSES, str(ROOT / "examples" / f"{name}.py"), *options]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(predictions(tmp_path / "out")) == 12
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="before, the Trainer cannot resume in several processes on CPUs, which Accelerate numbers",
 )
 def test_two_processes_resume_with_the_same_losses(command, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [*command("tag_tokens", tmp_path / "out"), "--per_device_train_batch_size", "2"]
-    arguments = [*launcher, str(ROOT / "examples" / "tag_tokens.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [*TWO_PROCESSES, str(ROOT / "examples" / "tag_tokens.py"), *options]
     curves = []
     for _ in range(2):
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         curves.append(losses(tmp_path / "out"))
         (tmp_path / "out" / "test_results.json").unlink()
