@@ -297,7 +297,7 @@ class LSGAlbertDecoder(nn.Module):
 
     @torch.no_grad()
     def copy_self_attentions(self, layer_groups: nn.ModuleList, names: set[str] | None = None) -> None:
-        """Give cross-attentions their `initial_value`s.
+        """Give cross-attentions their `initial_value`s: copies, except for the normalization.
 
         Args:
             layer_groups: of the encoder.

@@ -377,7 +377,7 @@ class LSGAlbertForConditionalGeneration(WithMLMHead, LSGAlbertPreTrainedModel, G
     A sequence-to-sequence model. Its decoder uses the encoder's embeddings and layers again, with causal
     self-attention and a cross-attention in each layer, see [`LSGAlbertDecoder`]. Its head is that of the masked
     language model. Any checkpoint of an ALBERT or LSG-ALBERT holds all weights except those of the cross-attention,
-    which starts as a copy of the self-attention.
+    which starts as a copy of the self-attention, except for its normalization.
     """
 
     _supports_cache_class = True  # read by transformers 4.4x

@@ -1,4 +1,4 @@
-"""Compare two starts of a new cross-attention: random weights, or a copy of the self-attention before it.
+"""Compare two starts of a new cross-attention: random weights, or those of the self-attention before it.
 
 A sequence-to-sequence model is made from an encoder's checkpoint and trained on the same batches, once for each start,
 task and seed. Then the loss and the share of right next tokens on held-out texts are compared.

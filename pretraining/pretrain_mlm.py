@@ -229,7 +229,7 @@ def muon(model: PreTrainedModel, args: Arguments) -> tuple[type[torch.optim.Opti
     from pytorch_optimizer import Muon  # only --muon needs the package
 
     layers = model.albert.encoder.albert_layer_groups
-    matrices = {weight: None for weight in layers.parameters() if weight.ndim == 2}
+    matrices = dict.fromkeys(weight for weight in layers.parameters() if weight.ndim == 2)
     rest = [weight for weight in model.parameters() if weight not in matrices]
     of_matrices = {"use_muon": True, "use_adjusted_lr": True, "weight_decay": args.weight_decay}
     of_rest = {"use_muon": False, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
